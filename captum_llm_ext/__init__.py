@@ -1,0 +1,26 @@
+"""Captum's attribution of language models: right, fast, and over any set of layers."""
+
+from captum.attr import (
+    FeatureAblation,
+    KernelShap,
+    LayerConductance,
+    LayerGradientShap,
+    LayerGradientXActivation,
+    LayerIntegratedGradients,
+    Lime,
+    ProductBaselines,
+    ShapleyValues,
+    ShapleyValueSampling,
+    TextTemplateInput,
+)
+from captum.attr import RemoteLLMAttribution as RemoteLLMAttribution
+
+from captum_llm_ext.explain import explain
+from captum_llm_ext.gradient import LLMGradientAttribution
+from captum_llm_ext.inputs import TextTokenInput, chat_input
+from captum_llm_ext.layers import find_layers
+from captum_llm_ext.methods import LayerSaliency
+from captum_llm_ext.models import load_demo_model, load_model
+from captum_llm_ext.result import LLMAttributionResult, LLMLayerAttributionResult
+
+__version__ = "0.1.0"

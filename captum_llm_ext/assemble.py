@@ -1,0 +1,156 @@
+"""From the attributions of layers at token positions to the result, one column per feature."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from captum_llm_ext.compat import InterpretableInput
+from captum_llm_ext.differentiate import LayerTotal
+from captum_llm_ext.inputs import Features
+from captum_llm_ext.layers import Site
+from captum_llm_ext.methods import NORMS
+from captum_llm_ext.result import LLMAttributionResult, LLMLayerAttributionResult
+
+ACCEPTED_DELTA = 0.10
+
+
+@dataclass(frozen=True)
+class LayerColumns:
+    """A layer's attributions by feature.
+
+    seq_attr: (n_input,); token_attr: (n_output, n_input) or None; hidden_attr: (n_output,
+    n_input, hidden) or None; delta and difference: (n_output,), or (1,) of the sequence, or None.
+    """
+
+    seq_attr: Tensor
+    token_attr: Tensor | None
+    hidden_attr: Tensor | None
+    delta: Tensor | None
+    difference: Tensor | None
+
+
+def layer_columns(
+    total: LayerTotal, features: Features, per_token: bool, keep_hidden: bool
+) -> LayerColumns:
+    """Sum positions (or combine their norms) to features, and compare sums with score differences."""
+    n_input = len(features.names)
+    feature_of = features.feature_at(total.tokens.size(1))
+
+    def columns(values: Tensor) -> Tensor:
+        return _by_feature(values, feature_of, n_input, total.norm)
+
+    hidden = total.hidden if per_token else total.sequence[None]
+    sums = total.tokens.sum(1) if per_token else total.sequence.sum()[None]
+    difference = total.score_difference
+    return LayerColumns(
+        seq_attr=columns(NORMS[total.norm](total.sequence)),
+        token_attr=columns(total.tokens) if per_token else None,
+        hidden_attr=_sum_hidden(hidden, feature_of, n_input) if keep_hidden else None,
+        delta=None if difference is None else sums - difference,
+        difference=difference,
+    )
+
+
+def single_result(
+    columns: LayerColumns, features: Features, output_tokens: list[str], inp: InterpretableInput
+) -> LLMAttributionResult:
+    return LLMAttributionResult(
+        input_tokens=features.names,
+        output_tokens=output_tokens,
+        seq_attr=columns.seq_attr,
+        token_attr=columns.token_attr,
+        convergence_delta=columns.delta,
+        hidden_attr=columns.hidden_attr,
+        inp=inp,
+    )
+
+
+def layered_result(
+    by_site: Mapping[Site, LayerColumns],
+    layer_mode: str,
+    features: Features,
+    output_tokens: list[str],
+    inp: InterpretableInput,
+) -> LLMLayerAttributionResult:
+    layers = list(by_site.values())
+    return LLMLayerAttributionResult(
+        input_tokens=features.names,
+        output_tokens=output_tokens,
+        layer_names=[site.name for site in by_site],
+        layer_seq_attr=torch.stack([layer.seq_attr for layer in layers]),
+        layer_token_attr=_stack([layer.token_attr for layer in layers]),
+        layer_mode=layer_mode,
+        convergence_delta=_stack_deltas(layers, layer_mode),
+        hidden_attr=_hidden_by_name(by_site),
+        inp=inp,
+    )
+
+
+def warn_unless_converged(
+    layers: Sequence[LayerColumns], joint: bool, output_tokens: Sequence[str]
+) -> None:
+    """Warn once where attributions miss the score difference that they ought to sum to."""
+    delta, difference = _stack([x.delta for x in layers]), _stack([x.difference for x in layers])
+    if delta is None or difference is None:
+        return
+    if joint:
+        delta, difference = _joint_delta(layers)[None], difference[:1]
+    relative = delta.abs() / difference.abs().clamp(min=1e-3)
+    if not (relative > ACCEPTED_DELTA).any():
+        return
+    worst = int(relative.amax(0).argmax())
+    what = repr(output_tokens[worst]) if relative.size(1) == len(output_tokens) else "the sequence"
+    warnings.warn(
+        f"integrated gradients have not converged: {int((relative > ACCEPTED_DELTA).sum())} of "
+        f"{relative.numel()} sums of attributions miss the score difference by more than 10 %, "
+        f"worst by {float(relative.max()):.0%} (at {what}). Raise n_steps, choose another baseline, "
+        'or use method="adaptive"',
+        stacklevel=4,
+    )
+
+
+def _joint_delta(layers: Sequence[LayerColumns]) -> Tensor:
+    """Several layers on one path share one score difference, which every delta subtracts."""
+    sums = torch.stack([x.delta + x.difference for x in layers]).sum(0)  # type: ignore[operator]
+    return sums - layers[0].difference  # type: ignore[operator]
+
+
+def _stack_deltas(layers: Sequence[LayerColumns], layer_mode: str) -> Tensor | None:
+    deltas = _stack([layer.delta for layer in layers])
+    return _joint_delta(layers) if deltas is not None and layer_mode == "joint" else deltas
+
+
+def _hidden_by_name(by_site: Mapping[Site, LayerColumns]) -> dict[str, Tensor] | None:
+    hidden = {s.name: x.hidden_attr for s, x in by_site.items() if x.hidden_attr is not None}
+    return hidden or None
+
+
+def _stack(tensors: Sequence[Tensor | None]) -> Tensor | None:
+    present = [tensor for tensor in tensors if tensor is not None]
+    return torch.stack(present) if present and len(present) == len(tensors) else None
+
+
+def _by_feature(values: Tensor, feature_of: Tensor, n_input: int, norm: str) -> Tensor:
+    """(…, length) per position to (…, n_input) per feature; positions of feature -1 are left out."""
+    if norm == "linf":
+        index = torch.where(feature_of < 0, n_input, feature_of).expand_as(values)
+        grouped = values.new_zeros(*values.shape[:-1], n_input + 1)
+        return grouped.scatter_reduce(-1, index, values, "amax")[..., :n_input]
+    values = values.square() if norm == "l2" else values
+    kept = feature_of >= 0
+    grouped = values.new_zeros(*values.shape[:-1], n_input)
+    grouped.index_add_(-1, feature_of[kept], values[..., kept])
+    return grouped.sqrt() if norm == "l2" else grouped
+
+
+def _sum_hidden(hidden: Tensor | None, feature_of: Tensor, n_input: int) -> Tensor | None:
+    if hidden is None:
+        return None
+    kept = feature_of >= 0
+    grouped = hidden.new_zeros(hidden.size(0), n_input, hidden.size(2))
+    return grouped.index_add_(1, feature_of[kept], hidden[:, kept])

@@ -1,0 +1,58 @@
+"""The private names of Captum that this package stands on: the only place that imports them.
+
+`tests/test_compat.py` fails with a clear message when a new version of Captum moves one.
+"""
+
+from __future__ import annotations
+
+from captum._utils.gradient import compute_layer_gradients_and_eval
+from captum.attr._core.llm_attr import (
+    DEFAULT_GEN_ARGS,
+    BaseLLMAttribution,
+    _convert_ids_to_pretty_tokens,
+)
+from captum.attr._core.llm_attr import (
+    LLMAttribution as CaptumLLMAttribution,
+)
+from captum.attr._core.llm_attr import (
+    LLMGradientAttribution as CaptumLLMGradientAttribution,
+)
+from captum.attr._utils.approximation_methods import (
+    SUPPORTED_METHODS as FIXED_RULES,
+)
+from captum.attr._utils.approximation_methods import (
+    approximation_parameters,
+)
+from captum.attr._utils.attribution import (
+    Attribution,
+    GradientAttribution,
+    LayerAttribution,
+    PerturbationAttribution,
+)
+from captum.attr._utils.interpretable_input import (
+    ImageMaskInput,
+    InterpretableInput,
+    TextTemplateInput,
+)
+from captum.attr._utils.interpretable_input import (
+    TextTokenInput as CaptumTextTokenInput,
+)
+
+__all__ = [
+    "DEFAULT_GEN_ARGS",
+    "FIXED_RULES",
+    "Attribution",
+    "BaseLLMAttribution",
+    "CaptumLLMAttribution",
+    "CaptumLLMGradientAttribution",
+    "CaptumTextTokenInput",
+    "GradientAttribution",
+    "ImageMaskInput",
+    "InterpretableInput",
+    "LayerAttribution",
+    "PerturbationAttribution",
+    "TextTemplateInput",
+    "_convert_ids_to_pretty_tokens",
+    "approximation_parameters",
+    "compute_layer_gradients_and_eval",
+]

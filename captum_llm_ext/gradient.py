@@ -1,0 +1,288 @@
+"""`LLMGradientAttribution`: reads what is asked for, differentiates, and makes the result."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import copy
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from captum_llm_ext.assemble import (
+    layer_columns,
+    layered_result,
+    single_result,
+    warn_unless_converged,
+)
+from captum_llm_ext.checks import check_context, is_causal, warn_of_dropout
+from captum_llm_ext.compat import (
+    CaptumLLMGradientAttribution,
+    CaptumTextTokenInput,
+    GradientAttribution,
+    InterpretableInput,
+)
+from captum_llm_ext.differentiate import LayerTotal, Plan, attribute_layers
+from captum_llm_ext.hooks import embeddings, frozen_parameters
+from captum_llm_ext.inputs import BaselineSpec, Features, PathStart, path_start, read_features
+from captum_llm_ext.layers import Site, resolve_sites
+from captum_llm_ext.methods import RULES, PathRule, Rule, is_random, read_rule
+from captum_llm_ext.model_pass import TeacherForcing
+from captum_llm_ext.result import LLMAttributionResult
+from captum_llm_ext.targets import (
+    Target,
+    check_attr_target,
+    contrast_ids,
+    output_tokens,
+    target_ids,
+)
+
+LAYER_MODES = ("independent", "joint")
+TOKENS_PER_PASS = {"cpu": 512}  # past this a processor gains nothing from larger batches
+TOKENS_PER_PASS_ELSEWHERE = 2048
+
+
+class LLMGradientAttribution(CaptumLLMGradientAttribution):
+    """Gradient attribution of language models, in one pass and over any set of layers.
+
+    A drop-in replacement for ``captum.attr.LLMGradientAttribution``.
+
+    Args:
+        attr_method: `LayerIntegratedGradients`, `LayerGradientXActivation`, `LayerGradientShap`
+            (Captum's classes) or `LayerSaliency`, made with the model and a layer, a list of
+            layers, or names and patterns of layers (see `find_layers`).
+        tokenizer: the model's tokenizer.
+        attr_target: what is attributed of each target token: "log_prob" (natural logarithm, the
+            default), "prob" or "logit". The sequence score is the sum over target tokens; for
+            "prob" it is the product of the probabilities.
+
+    Raises:
+        ValueError: an unsupported method, an unknown `attr_target`, or no such layer.
+
+    Integrated gradients: Sundararajan et al. 2017, https://arxiv.org/abs/1703.01365. Captum's
+    wrappers: Miglani et al. 2023, https://arxiv.org/abs/2312.05491.
+
+    Example::
+
+        >>> method = LayerIntegratedGradients(model, model.get_input_embeddings())
+        >>> inp = TextTokenInput("The capital of France is", tokenizer)
+        >>> result = LLMGradientAttribution(method, tokenizer).attribute(inp, target=" Paris")
+        >>> result.token_attr.shape
+        torch.Size([1, 5])
+    """
+
+    SUPPORTED_METHODS = tuple(RULES)
+    SUPPORTED_INPUTS = (CaptumTextTokenInput,)
+
+    def __init__(
+        self, attr_method: GradientAttribution, tokenizer: Any, attr_target: str = "log_prob"
+    ) -> None:
+        if not isinstance(attr_method, self.SUPPORTED_METHODS):
+            names = ", ".join(kind.__name__ for kind in self.SUPPORTED_METHODS)
+            raise ValueError(f"expected one of {names}; got {type(attr_method).__name__}")
+        super().__init__(copy(attr_method), tokenizer)
+        self.attr_target = check_attr_target(attr_target)
+        # Found now, so that a layer that is not in the model is an error where it was written.
+        self._sites, self._several = resolve_sites(self.model, attr_method.layer)
+
+    def attribute(  # type: ignore[override]
+        self,
+        inp: InterpretableInput,
+        target: str | Tensor | None = None,
+        gen_args: dict[str, Any] | None = None,
+        *,
+        include_per_token_attr: bool = True,
+        baselines: BaselineSpec = None,
+        layer_mode: str = "independent",
+        include_generated: bool = False,
+        include_hidden_attr: bool = False,
+        contrast_target: str | Tensor | None = None,
+        num_trials: int = 1,
+        show_progress: bool = False,
+        internal_batch_size: int | None = None,
+        return_convergence_delta: bool = False,
+        attribute_to_layer_input: bool = False,
+        grad_kwargs: Mapping[str, Any] | None = None,
+        **method_options: Any,
+    ) -> LLMAttributionResult:
+        """Attribute the target's scores to the features of the input.
+
+        Args:
+            inp: the prompt, a `TextTokenInput`.
+            target: a string (encoded without special tokens), a 1-D tensor of token ids, or None
+                to let the model generate it.
+            gen_args: arguments of ``model.generate`` when `target` is None. Default: greedy, 25
+                new tokens.
+            include_per_token_attr: False computes the sequence attribution alone, with one
+                backward pass in all; `token_attr` is then None.
+            baselines: where the path of integrated gradients and GradientShap starts: None (the
+                input's own), a token id, a token string, "pad", "eos", "unk", "zero", "mean" (of
+                all embeddings), or a tensor of ids or embeddings, for all positions or one each.
+                For a hidden layer it means that layer's output when the embeddings are so replaced.
+            layer_mode: of several layers, "independent" (each as if it were alone) or "joint" (all
+                move along the path together).
+            include_generated: earlier target tokens are features too: n_input + n_output columns,
+                zero from the target token itself on. The baseline then replaces them as well.
+            include_hidden_attr: keep the attribution before it is summed over hidden units (of
+                LayerSaliency: the gradient), (n_output, n_input, hidden).
+            contrast_target: attribute score(target) − score(contrast) instead, at the same places
+                and after the target's own tokens; as many tokens as the target, or one.
+            num_trials: average over so many runs of a method that draws at random.
+            show_progress: show a progress bar.
+            internal_batch_size: rows (path points) per pass. Default: chosen for the device.
+            return_convergence_delta: accepted for Captum's sake; the delta is on the result.
+            attribute_to_layer_input: attribute to the layers' input instead of their output.
+            grad_kwargs: further arguments of ``torch.autograd.grad``.
+            **method_options: the method's own: `n_steps` (50) and `method` ("gausslegendre" or
+                one of Captum's Riemann rules) of LayerIntegratedGradients; `n_samples` (5) and
+                `stdevs` (0.0, of noise on the layer) of LayerGradientShap.
+
+        Returns:
+            An `LLMAttributionResult`: `seq_attr` (n_input,), `token_attr` (n_output, n_input) and,
+            for integrated gradients, `convergence_delta` (n_output,): what the attributions over
+            all positions exceed the difference of scores by. For several layers an
+            `LLMLayerAttributionResult`.
+
+        Raises:
+            ValueError: an argument that has no meaning; the message says what was expected.
+            TypeError: an option that the method does not have.
+
+        Warns:
+            when integrated gradients miss the score difference by more than 10 %, when dropout is
+            active, and when the model is not causal.
+        """
+        with _differentiable(self.model):
+            _check_choices(layer_mode, num_trials, internal_batch_size)
+            rule = read_rule(self.attr_method, method_options)
+            warn_of_dropout(self.model)
+            features = read_features(inp, self._input_device())
+            forcing = self._teacher_forcing(inp, features, target, gen_args, contrast_target)
+            check_context(forcing)
+            tokens = output_tokens(forcing.target.ids, self.tokenizer)
+            if include_generated:
+                features = features.with_generated(tokens)
+            plan = Plan(
+                per_token=include_per_token_attr,
+                joint=layer_mode == "joint",
+                keep_hidden=include_hidden_attr,
+                rows=internal_batch_size or _rows(forcing, rule),
+                causal=is_causal(forcing),
+                grad_kwargs=grad_kwargs or {},
+            )
+            sites = [replace(site, at_input=attribute_to_layer_input) for site in self._sites]
+            start = self._path_start(rule, baselines, inp, features, forcing)
+            job = _Job(forcing, sites, start, plan)
+            totals = job.run(
+                lambda: read_rule(self.attr_method, method_options),
+                num_trials if is_random(rule) else 1,
+                show_progress,
+            )
+            return self._result(totals, features, tokens, inp, plan, layer_mode)
+
+    def _input_device(self) -> torch.device:
+        """Where the ids go: with the embeddings, also when a model is spread over devices."""
+        weight = getattr(next(iter(embeddings(self.model)), None), "weight", None)
+        on_meta = weight is None or weight.device.type == "meta"
+        return torch.device(self.device) if on_meta else weight.device
+
+    def _teacher_forcing(
+        self,
+        inp: InterpretableInput,
+        features: Features,
+        target: str | Tensor | None,
+        gen_args: dict[str, Any] | None,
+        contrast_target: str | Tensor | None,
+    ) -> TeacherForcing:
+        prompt = features.prompt_ids
+        ids = target_ids(self.model, self.tokenizer, {"input_ids": prompt}, target, gen_args)
+        ids = ids.to(prompt.device, copy=True)
+        contrast = contrast_ids(self.tokenizer, contrast_target, len(ids))
+        contrast = None if contrast is None else contrast.to(prompt.device, copy=True)
+        return TeacherForcing(self.model, prompt, Target(ids, self.attr_target, contrast))
+
+    def _path_start(
+        self,
+        rule: Rule,
+        baselines: BaselineSpec,
+        inp: InterpretableInput,
+        features: Features,
+        forcing: TeacherForcing,
+    ) -> PathStart | None:
+        if not isinstance(rule, PathRule):
+            return None
+        replaced = features.feature_at(forcing.ids.size(1)) >= 0
+        return path_start(baselines, inp, forcing.ids, replaced, self.model)
+
+    def _result(
+        self,
+        totals: Mapping[Site, LayerTotal],
+        features: Features,
+        tokens: list[str],
+        inp: InterpretableInput,
+        plan: Plan,
+        layer_mode: str,
+    ) -> LLMAttributionResult:
+        by_site = {
+            site: layer_columns(total, features, plan.per_token, plan.keep_hidden)
+            for site, total in totals.items()
+        }
+        warn_unless_converged(list(by_site.values()), plan.joint, tokens)
+        if self._several:
+            return layered_result(by_site, layer_mode, features, tokens, inp)
+        return single_result(next(iter(by_site.values())), features, tokens, inp)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Everything that one run of a rule needs, but for the rule."""
+
+    forcing: TeacherForcing
+    sites: Sequence[Site]
+    start: PathStart | None
+    plan: Plan
+
+    def run(self, new_rule: Any, trials: int, show_progress: bool) -> Mapping[Site, LayerTotal]:
+        """Attributions by site, averaged over trials, each with a rule drawn anew."""
+        rules = [new_rule() for _ in range(trials)]
+        with tqdm(total=sum(map(self._rows, rules)), disable=not show_progress) as bar:
+            plan = replace(self.plan, advance=bar.update)
+            runs = [
+                attribute_layers(self.forcing, rule, self.sites, self.start, plan)
+                for rule in rules
+            ]
+        return runs[0] if trials == 1 else {s: LayerTotal.mean([r[s] for r in runs]) for s in runs[0]}
+
+    def _rows(self, rule: Rule) -> int:
+        """Rows that the rule will differentiate."""
+        plan = self.plan
+        spans = len(self.forcing.spans(plan.per_token, plan.rows, plan.causal))
+        if not isinstance(rule, PathRule):
+            return spans
+        return spans * len(rule.points) * (1 if plan.joint else len(self.sites))
+
+
+@contextmanager
+def _differentiable(model: torch.nn.Module) -> Iterator[None]:
+    """Gradients of activations and not of weights, whatever mode the caller is in."""
+    with torch.inference_mode(False), torch.enable_grad(), frozen_parameters(model):
+        yield
+
+
+def _check_choices(layer_mode: str, num_trials: int, internal_batch_size: int | None) -> None:
+    if layer_mode not in LAYER_MODES:
+        raise ValueError(f"layer_mode must be one of {', '.join(LAYER_MODES)}; got {layer_mode!r}")
+    if num_trials < 1:
+        raise ValueError(f"num_trials must be at least 1, got {num_trials}")
+    if internal_batch_size is not None and internal_batch_size < 1:
+        raise ValueError(f"internal_batch_size must be at least 1, got {internal_batch_size}")
+
+
+def _rows(forcing: TeacherForcing, rule: Rule) -> int:
+    """Path points per pass, for as many tokens as the device works on well at once."""
+    if not isinstance(rule, PathRule):
+        return 1
+    tokens = TOKENS_PER_PASS.get(forcing.ids.device.type, TOKENS_PER_PASS_ELSEWHERE)
+    return min(len(rule.points), max(1, tokens // forcing.ids.size(1)))

@@ -1,0 +1,178 @@
+"""The gradient methods: `LayerSaliency`, and for each supported method what it does with gradients.
+
+A new method is one function that reads its options into a `PointRule` or a `PathRule`, and one
+line in `RULES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from captum.attr import LayerGradientShap, LayerGradientXActivation, LayerIntegratedGradients
+from torch import Tensor, nn
+
+from captum_llm_ext.compat import (
+    GradientAttribution,
+    LayerAttribution,
+    compute_layer_gradients_and_eval,
+)
+from captum_llm_ext.path import fixed_rule
+
+NORMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sum": lambda values: values.sum(-1),
+    "l1": lambda values: values.abs().sum(-1),
+    "l2": lambda values: values.norm(dim=-1),
+    "linf": lambda values: values.abs().amax(-1),
+}
+
+
+class LayerSaliency(LayerAttribution, GradientAttribution):
+    """Norm of the gradient of the score with respect to a layer, per token.
+
+    Args:
+        forward_func: the model.
+        layer: a layer, a list of layers, or names and patterns of layers when used with
+            `LLMGradientAttribution`.
+        norm: over the hidden units of a token: "l1", "l2" or "linf". Default: "l1".
+
+    Raises:
+        ValueError: unknown norm.
+
+    The attribution of a token has the unit of the score per unit of the layer; it is never
+    negative, and it does not add up to a difference of scores.
+
+    Simonyan et al. 2013, Deep Inside Convolutional Networks, https://arxiv.org/abs/1312.6034;
+    with the norm over embeddings, Li et al. 2016, https://arxiv.org/abs/1506.01066.
+
+    Example::
+
+        >>> method = LayerSaliency(model, model.get_input_embeddings())
+        >>> result = LLMGradientAttribution(method, tokenizer).attribute(inp, target=" Paris")
+        >>> result.seq_attr.shape
+        torch.Size([5])
+    """
+
+    def __init__(self, forward_func: Callable[..., Any], layer: Any, norm: str = "l1") -> None:
+        LayerAttribution.__init__(self, forward_func, layer)
+        GradientAttribution.__init__(self, forward_func)
+        if norm not in NORMS or norm == "sum":
+            raise ValueError(f"norm must be 'l1', 'l2' or 'linf', got {norm!r}")
+        self.norm = norm
+
+    def attribute(  # type: ignore[override]
+        self,
+        inputs: Any,
+        target: Any = None,
+        additional_forward_args: Any = None,
+        attribute_to_layer_input: bool = False,
+        grad_kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Norms (batch, sequence) of ∂forward_func/∂layer; a list of them for a list of layers.
+
+        The arguments are those of Captum's `LayerGradientXActivation.attribute`.
+        """
+        gradients, _ = compute_layer_gradients_and_eval(
+            self.forward_func,
+            self.layer,
+            inputs,
+            target,
+            additional_forward_args,
+            attribute_to_layer_input=attribute_to_layer_input,
+            grad_kwargs=grad_kwargs,
+        )
+        several = not isinstance(self.layer, nn.Module)
+        norms = [NORMS[self.norm](g[0]) for g in (gradients if several else [gradients])]
+        return norms if several else norms[0]
+
+
+@dataclass(frozen=True)
+class PointRule:
+    """Gradients at the input itself, of any number of layers from one pass.
+
+    norm: how the hidden units of a token combine; multiply: gradient times the layer's value.
+    """
+
+    norm: str = "sum"
+    multiply: bool = False
+
+
+@dataclass(frozen=True)
+class PathRule:
+    """Weighted gradients at points between the layer's baseline (0) and its value (1).
+
+    multiply: times input minus baseline; stdev: of Gaussian noise on the layer's value;
+    is_integral: whether the attributions ought to sum to the difference of the scores.
+    """
+
+    points: tuple[float, ...]
+    weights: tuple[float, ...]
+    multiply: bool = True
+    stdev: float = 0.0
+    is_integral: bool = True
+    norm: str = "sum"
+
+
+Rule = PointRule | PathRule
+
+
+def _saliency(method: LayerSaliency) -> Rule:
+    return PointRule(norm=method.norm)
+
+
+def _gradient_x_activation(method: LayerGradientXActivation) -> Rule:
+    return PointRule(multiply=method.multiplies_by_inputs)
+
+
+def _integrated_gradients(
+    method: LayerIntegratedGradients, *, n_steps: int = 50, rule: str = "gausslegendre"
+) -> Rule:
+    points, weights = fixed_rule(rule, n_steps)
+    multiply = method.multiplies_by_inputs
+    return PathRule(tuple(points), tuple(weights), multiply, is_integral=multiply)
+
+
+def _gradient_shap(
+    method: LayerGradientShap, *, n_samples: int = 5, stdevs: float = 0.0
+) -> Rule:
+    """Expected gradients, Erion et al. 2021, https://arxiv.org/abs/1906.10670."""
+    if isinstance(n_samples, bool) or not isinstance(n_samples, int) or n_samples < 1:
+        raise ValueError(f"n_samples must be an int >= 1, got {n_samples!r}")
+    stdev = stdevs[0] if isinstance(stdevs, tuple) else stdevs
+    if stdev < 0:
+        raise ValueError(f"stdevs must be >= 0, got {stdev}")
+    points = tuple(torch.rand(n_samples).tolist())
+    weights = (1.0 / n_samples,) * n_samples
+    return PathRule(points, weights, method.multiplies_by_inputs, float(stdev), is_integral=False)
+
+
+RULES: dict[type, tuple[Callable[..., Rule], Mapping[str, str]]] = {
+    # method class: (rule from its options, the options' names in `attribute` -> in the function)
+    LayerSaliency: (_saliency, {}),
+    LayerGradientXActivation: (_gradient_x_activation, {}),
+    LayerIntegratedGradients: (_integrated_gradients, {"n_steps": "n_steps", "method": "rule"}),
+    LayerGradientShap: (_gradient_shap, {"n_samples": "n_samples", "stdevs": "stdevs"}),
+}
+
+
+def read_rule(method: GradientAttribution, options: Mapping[str, Any]) -> Rule:
+    """The rule of a method with the options given to `attribute`.
+
+    Raises:
+        TypeError: an option that the method does not have.
+    """
+    build, names = next(rule for kind, rule in RULES.items() if isinstance(method, kind))
+    unknown = sorted(set(options) - set(names))
+    if unknown:
+        known = ", ".join(names) or "none"
+        raise TypeError(
+            f"{type(method).__name__} does not take {', '.join(unknown)} (its own options: {known})"
+        )
+    return build(method, **{names[name]: value for name, value in options.items()})
+
+
+def is_random(rule: Rule) -> bool:
+    """Whether another trial would give another result."""
+    return isinstance(rule, PathRule) and not rule.is_integral and len(rule.points) > 0

@@ -1,0 +1,16 @@
+"""Points and weights on the straight path from baseline (0) to input (1)."""
+
+from __future__ import annotations
+
+from captum_llm_ext.compat import FIXED_RULES, approximation_parameters
+
+
+def fixed_rule(method: str, n_steps: int) -> tuple[list[float], list[float]]:
+    """Points in [0, 1] and weights that sum to 1, by one of Captum's quadrature rules."""
+    if method not in FIXED_RULES:
+        raise ValueError(f"method must be one of {', '.join(FIXED_RULES)}; got {method!r}")
+    fewest = 1 if method == "gausslegendre" else 2
+    if isinstance(n_steps, bool) or not isinstance(n_steps, int) or n_steps < fewest:
+        raise ValueError(f"n_steps must be an int >= {fewest} for {method!r}, got {n_steps!r}")
+    weights, points = approximation_parameters(method)
+    return points(n_steps), weights(n_steps)
