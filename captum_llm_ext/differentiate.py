@@ -25,7 +25,7 @@ from captum_llm_ext.hooks import (
 from captum_llm_ext.inputs import PathStart
 from captum_llm_ext.layers import Site, decoder_blocks
 from captum_llm_ext.methods import NORMS, PathRule, PointRule, Rule
-from captum_llm_ext.model_pass import TargetSpan, TeacherForcing
+from captum_llm_ext.model_pass import Pass, TargetSpan, TeacherForcing
 
 logger = logging.getLogger(__name__)
 
@@ -112,10 +112,9 @@ def _trace(
     """The layers' states, and all that replay needs, at the input itself."""
     blocks = decoder_blocks(forcing.model)
     with tracing(forcing.model, sites, blocks, ids) as (states, outputs):
-        logits = forcing.logits(ids, span)
+        scores = forcing.run(ids, span, sites).token_scores()[0].detach()
     for site in sites:
         _check_state(site, states.get(site), ids)
-    scores = forcing.token_scores(logits.detach(), span)[0]
     return states, _Blocks(blocks, outputs, scores)
 
 
@@ -147,7 +146,7 @@ def _start_states(
         if start.embeddings is not None:
             stack.enter_context(_replaced_embeddings(forcing.model, ids, start))
         states, _ = stack.enter_context(tracing(forcing.model, sites, [], ids))
-        forcing.logits(ids, span)
+        forcing.run(ids, span)
     return {site: states[site].tensor for site in sites}
 
 
@@ -171,22 +170,13 @@ def _add_point(
     """Gradients at the input, of all sites from one pass."""
     ids = forcing.ids[:, : forcing.length(span)]
     with embedding_leaves(forcing.model, ids), reading(sites) as read:
-        logits = forcing.logits(ids, span)
-    for output, gradients in _gradients(forcing, span, logits, [read[s] for s in sites], plan):
+        scored = forcing.run(ids, span, sites)
+    wrt = [read[site] for site in sites]
+    for output, gradients in scored.gradients(wrt, plan.per_token, **plan.grad_kwargs):
         for site, gradient in zip(sites, gradients, strict=True):
             part = gradient * read[site].detach() if rule.multiply else gradient
             totals[site].add(output, part[0])
     plan.advance(1)
-
-
-def _gradients(
-    forcing: TeacherForcing, span: TargetSpan, logits: Tensor, wrt: Sequence[Tensor], plan: Plan
-) -> Iterator[tuple[int | None, tuple[Tensor, ...]]]:
-    """For each score that the plan asks for, its gradients; zeros where nothing flows."""
-    outputs = list(forcing.outputs(logits, span, plan.per_token))
-    options = {**plan.grad_kwargs, "allow_unused": True, "materialize_grads": True}
-    for left, (output, score) in zip(range(len(outputs) - 1, -1, -1), outputs, strict=True):
-        yield output, torch.autograd.grad(score, wrt, retain_graph=left > 0, **options)
 
 
 @dataclass
@@ -205,7 +195,7 @@ class _PathWalk:
         """Walk the path of `chain` and add its attributions to the totals."""
         if not chain:
             return
-        replayed, scores = self._scored_ends(chain)
+        replayed, scored = self._scored_ends(chain)
         chunks = math.ceil(len(self.rule.points) / self.plan.rows)
         points = torch.tensor(self.rule.points).tensor_split(chunks)
         weights = torch.tensor(self.rule.weights).tensor_split(chunks)
@@ -214,7 +204,7 @@ class _PathWalk:
             self.plan.advance(len(alphas))
         if self.rule.is_integral:
             for site in chain:
-                self._add_difference(totals[site], scores)
+                self._add_difference(totals[site], scored)
 
     def _add_rows(
         self,
@@ -230,9 +220,11 @@ class _PathWalk:
             share = _over_rows(shares, difference)
             factors[site] = share * difference if self.rule.multiply else share
         with writing(values), reading(chain) as read:
-            logits = self._logits(len(alphas), replayed)
+            scored = self._run(len(alphas), replayed, chain)
         wrt = [read[site] for site in chain]
-        for output, gradients in _gradients(self.forcing, self.span, logits, wrt, self.plan):
+        for output, gradients in scored.gradients(
+            wrt, self.plan.per_token, **self.plan.grad_kwargs
+        ):
             for site, gradient in zip(chain, gradients, strict=True):
                 totals[site].add(output, (factors[site] * gradient.float()).sum(0))
 
@@ -245,15 +237,15 @@ class _PathWalk:
             difference = difference + self.rule.stdev * noise
         return start + _over_rows(alphas, difference) * difference, difference
 
-    def _logits(self, rows: int, replayed: int) -> Tensor:
+    def _run(self, rows: int, replayed: int, chain: Sequence[Site] = ()) -> Pass:
         ids = self.forcing.ids[:, : self.forcing.length(self.span)].expand(rows, -1)
         state = self.blocks.outputs[replayed - 1] if replayed else None
         with replaying(self.blocks.modules[:replayed], state, rows):
-            return self.forcing.logits(ids, self.span)
+            return self.forcing.run(ids, self.span, chain)
 
     @torch.no_grad()
-    def _scored_ends(self, chain: Sequence[Site]) -> tuple[int, Tensor]:
-        """How many blocks can be replayed, and the logits (2, …) at the path's start and end.
+    def _scored_ends(self, chain: Sequence[Site]) -> tuple[int, Pass]:
+        """How many blocks can be replayed, and the pass over the path's start and end.
 
         Replay is right where the path's end has the model's own scores, and else left out: some
         models pass more from block to block than a block's output.
@@ -261,29 +253,27 @@ class _PathWalk:
         ends = {s: torch.cat([self.starts[s], self.ends[s].tensor]) for s in chain}
         replayed = min(self.ends[site].blocks_before for site in chain)
         with writing(ends):
-            logits = self._logits(2, replayed)
-            if replayed and not self._is_models_own(logits):
+            scored = self._run(2, replayed)
+            if replayed and not self._is_models_own(scored):
                 logger.info("blocks cannot be replayed in this model: running all of them")
-                replayed, logits = 0, self._logits(2, 0)
-        return replayed, logits
+                replayed, scored = 0, self._run(2, 0)
+        return replayed, scored
 
-    def _is_models_own(self, logits: Tensor) -> bool:
-        scores = self.forcing.token_scores(logits[1:], self.span)[0]
-        tolerance = 1e-3 if logits.dtype in (torch.float32, torch.float64) else 5e-2
+    def _is_models_own(self, scored: Pass) -> bool:
+        scores = scored.token_scores()[1]
+        tolerance = 1e-3 if scored.logits.dtype in (torch.float32, torch.float64) else 5e-2
         allowed = tolerance * self.blocks.scores.abs().clamp(min=1)
         return bool(((scores - self.blocks.scores).abs() <= allowed).all())
 
-    def _add_difference(self, total: LayerTotal, logits: Tensor) -> None:
-        target, (start, stop) = self.forcing.target, (self.span.start, self.span.stop)
-        n_output = len(target) if self.plan.per_token else 1
+    def _add_difference(self, total: LayerTotal, scored: Pass) -> None:
+        """Add score(end) − score(start) of the span's tokens, or of the sequence alone."""
+        per_token = self.plan.per_token
+        scores = scored.token_scores() if per_token else scored.sequence_score()[:, None]
+        place = slice(self.span.start, self.span.stop) if per_token else slice(0, 1)
         if total.score_difference is None:
+            n_output = len(self.forcing.target) if per_token else 1
             total.score_difference = torch.zeros(n_output, device=total.tokens.device)
-        if self.plan.per_token:
-            scores = target.token_scores(logits, start, stop)
-            total.score_difference[start:stop] += (scores[1] - scores[0]).to(total.tokens.device)
-        else:
-            sequence = target.sequence_score(logits, start, stop)
-            total.score_difference += (sequence[1] - sequence[0]).to(total.tokens.device)
+        total.score_difference[place] += (scores[1] - scores[0]).to(total.tokens.device)
 
 
 def _over_rows(values: Tensor, like: Tensor) -> Tensor:

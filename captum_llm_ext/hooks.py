@@ -88,6 +88,40 @@ def replaying(blocks: Sequence[nn.Module], state: Any, rows: int) -> Iterator[No
 
 
 @dataclass
+class HeadInput:
+    """The hidden states that the output head reads: `below` has the graph, `above` is a leaf."""
+
+    below: Tensor | None = None
+    above: Tensor | None = None
+
+
+@contextmanager
+def split_at_head(model: nn.Module, keep_graph: bool = False) -> Iterator[HeadInput]:
+    """Cut the graph at the input of the output head, so that the head is walked back only once.
+
+    A token's score depends on one position of the head's input, so one backward gives the
+    gradients there for all target tokens. `keep_graph` leaves the graph whole. The copy to a
+    contiguous tensor matters too: on a slice the product falls back to a far slower one.
+    """
+    split = HeadInput()
+
+    def cut(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden = args[0].contiguous()
+        if keep_graph or not hidden.requires_grad:
+            return (hidden, *args[1:])
+        split.below, split.above = hidden, hidden.detach().requires_grad_()
+        return (split.above, *args[1:])
+
+    head = output_head(model)
+    hook = head.register_forward_pre_hook(cut) if head is not None else None
+    try:
+        yield split
+    finally:
+        if hook is not None:
+            hook.remove()
+
+
+@dataclass
 class LayerState:
     """What a site held in one forward pass."""
 
@@ -142,14 +176,21 @@ def embedding_leaves(model: nn.Module, ids: Tensor) -> Iterator[list[Tensor]]:
 def embeddings(model: nn.Module) -> list[nn.Module]:
     """Every embedding of the model, the input embedding first."""
     found = [m for m in model.modules() if isinstance(m, nn.Embedding)]
-    own = getattr(model, "get_input_embeddings", None)
+    first = _named_by_model(model, "get_input_embeddings")
+    return found if first is None else [first, *(m for m in found if m is not first)]
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    return _named_by_model(model, "get_output_embeddings")
+
+
+def _named_by_model(model: nn.Module, getter: str) -> nn.Module | None:
+    """The module that a transformers model names itself, where it does."""
     try:
-        first = own() if callable(own) else None
+        module = getattr(model, getter, lambda: None)()
     except NotImplementedError:
-        first = None
-    if isinstance(first, nn.Module):
-        found = [first, *(m for m in found if m is not first)]
-    return found
+        return None
+    return module if isinstance(module, nn.Module) else None
 
 
 def _is_ids(tensor: Any, ids: Tensor) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from captum_llm_ext.hooks import HeadInput, output_head, split_at_head
+from captum_llm_ext.layers import Site
 from captum_llm_ext.targets import Target
 
 logger = logging.getLogger(__name__)
@@ -51,10 +53,11 @@ class TeacherForcing:
     def length(self, span: TargetSpan) -> int:
         return self.n_prompt + span.stop - 1
 
-    def logits(self, ids: Tensor, span: TargetSpan) -> Tensor:
-        """Logits (rows, len(span), vocabulary) at the positions that predict the span's tokens."""
+    def run(self, ids: Tensor, span: TargetSpan, sites: Sequence[Site] = ()) -> Pass:
+        """Run the model on rows of ids; the gradients of `sites` are to be taken, if any."""
         options = _forward_options(self.model, len(span))
-        output = self.model(ids[:, : self.length(span)], **options)
+        with split_at_head(self.model, keep_graph=_reach_head(self.model, sites)) as head:
+            output = self.model(ids[:, : self.length(span)], **options)
         logits = getattr(output, "logits", None)
         if not isinstance(logits, Tensor):
             raise ValueError(
@@ -63,21 +66,7 @@ class TeacherForcing:
             )
         if logits.dim() == 4:  # Llama4: (rows, 1, sequence, vocabulary)
             logits = logits[:, 0]
-        return logits[:, -len(span) :]
-
-    def token_scores(self, logits: Tensor, span: TargetSpan) -> Tensor:
-        """Scores (rows, len(span)) of the span's tokens."""
-        return self.target.token_scores(logits, span.start, span.stop)
-
-    def outputs(
-        self, logits: Tensor, span: TargetSpan, per_token: bool
-    ) -> Iterator[tuple[int | None, Tensor]]:
-        """(target index, score summed over rows) to differentiate; index None is the sequence."""
-        if per_token:
-            scores = self.token_scores(logits, span).sum(0)
-            yield from ((span.start + i, score) for i, score in enumerate(scores))
-        if not (per_token and self.target.is_additive):
-            yield None, self.target.sequence_score(logits, span.start, span.stop).sum()
+        return Pass(self.target, span, logits[:, -len(span) :], head)
 
     @torch.no_grad()
     def is_causal(self) -> bool:
@@ -85,10 +74,11 @@ class TeacherForcing:
         if len(self.target) == 1:
             return True
         span = TargetSpan(0, len(self.target))
-        logits = self.logits(_with_last_id_changed(self.ids, self.model), span)
-        scores = replace(self.target, attr_target="log_prob").token_scores(logits, 0, span.stop)
+        changed = self.run(_with_last_id_changed(self.ids), span)
+        log_p = replace(changed, target=replace(self.target, attr_target="log_prob"))
+        scores, tolerance = log_p.token_scores(), _tolerance(changed.logits.dtype)
         difference = (scores[0] - scores[1])[:-1].abs().max()
-        return bool(difference <= _tolerance(logits.dtype) * scores.abs().max().clamp(min=1))
+        return bool(difference <= tolerance * scores.abs().max().clamp(min=1))
 
     def spans(self, per_token: bool, rows: int, causal: bool) -> list[TargetSpan]:
         """How to divide the target among passes.
@@ -110,6 +100,67 @@ class TeacherForcing:
         return sum((self.length(s) * rows + PASS_OVERHEAD) * (1 + len(s)) for s in spans)
 
 
+@dataclass(frozen=True)
+class Pass:
+    """What one pass gave: logits (rows, len(span), vocabulary), to score and to differentiate."""
+
+    target: Target
+    span: TargetSpan
+    logits: Tensor
+    head: HeadInput
+
+    def token_scores(self) -> Tensor:
+        """Scores (rows, len(span)) of the span's tokens."""
+        return self.target.token_scores(self.logits, self.span.start, self.span.stop)
+
+    def sequence_score(self) -> Tensor:
+        """Score (rows,) of the span's tokens together."""
+        return self.target.sequence_score(self.logits, self.span.start, self.span.stop)
+
+    def gradients(
+        self, wrt: Sequence[Tensor], per_token: bool, **options: Any
+    ) -> Iterator[tuple[int | None, tuple[Tensor, ...]]]:
+        """(target index, gradients of its score summed over rows); index None is the sequence.
+
+        The sequence comes last, and only where it is not the sum of the tokens asked for. The
+        gradients are zero where nothing flows.
+        """
+        outputs = list(self._outputs(per_token))
+        options = {**options, "allow_unused": True, "materialize_grads": True}
+        for left, (index, output, seed) in zip(reversed(range(len(outputs))), outputs, strict=True):
+            yield index, torch.autograd.grad(output, wrt, seed, retain_graph=left > 0, **options)
+
+    def _outputs(self, per_token: bool) -> Iterator[tuple[int | None, Tensor, Tensor | None]]:
+        """(target index, what to differentiate, gradient that comes from above)."""
+        if per_token:
+            yield from self._token_outputs(self.token_scores().sum(0))
+        if not (per_token and self.target.is_additive):
+            yield (None, *self._below_head(self.sequence_score().sum()))
+
+    def _token_outputs(self, scores: Tensor) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+        output, seed = self._below_head(scores.sum())
+        for i, score in enumerate(scores):
+            index, place = self.span.start + i, i - len(scores)
+            if seed is None:
+                yield index, score, None
+            else:
+                own = torch.zeros_like(seed)
+                own[:, place] = seed[:, place]
+                yield index, output, own
+
+    def _below_head(self, score: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The head's input and the score's gradient there, or the score where nothing was cut."""
+        if self.head.below is None or self.head.above is None:
+            return score, None
+        return self.head.below, torch.autograd.grad(score, self.head.above, retain_graph=True)[0]
+
+
+def _reach_head(model: nn.Module, sites: Sequence[Site]) -> bool:
+    """Whether a site is the output head or part of it."""
+    head = output_head(model)
+    return head is not None and any(s.module in set(head.modules()) for s in sites)
+
+
 def _even_spans(n_output: int, count: int) -> list[TargetSpan]:
     edges = [round(n_output * i / count) for i in range(count + 1)]
     return [TargetSpan(start, stop) for start, stop in zip(edges, edges[1:], strict=False)]
@@ -122,7 +173,7 @@ def _forward_options(model: nn.Module, n_scores: int) -> dict[str, Any]:
     return {name: value for name, value in wanted.items() if name in accepted}
 
 
-def _with_last_id_changed(ids: Tensor, model: nn.Module) -> Tensor:
+def _with_last_id_changed(ids: Tensor) -> Tensor:
     """Two rows: the ids, and the ids with another last token."""
     both = ids.repeat(2, 1)
     both[1, -1] = torch.where(both[1, -1] > 0, both[1, -1] - 1, both[1, -1] + 1)
