@@ -9,11 +9,11 @@ from captum.attr import (
     LayerIntegratedGradients,
     Lime,
     ProductBaselines,
+    RemoteLLMAttribution,
     ShapleyValues,
     ShapleyValueSampling,
     TextTemplateInput,
 )
-from captum.attr import RemoteLLMAttribution as RemoteLLMAttribution
 
 from captum_llm_ext.explain import explain
 from captum_llm_ext.gradient import LLMGradientAttribution
@@ -24,3 +24,28 @@ from captum_llm_ext.models import load_demo_model, load_model
 from captum_llm_ext.result import LLMAttributionResult, LLMLayerAttributionResult
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "FeatureAblation",
+    "KernelShap",
+    "LLMAttributionResult",
+    "LLMGradientAttribution",
+    "LLMLayerAttributionResult",
+    "LayerConductance",
+    "LayerGradientShap",
+    "LayerGradientXActivation",
+    "LayerIntegratedGradients",
+    "LayerSaliency",
+    "Lime",
+    "ProductBaselines",
+    "RemoteLLMAttribution",
+    "ShapleyValueSampling",
+    "ShapleyValues",
+    "TextTemplateInput",
+    "TextTokenInput",
+    "chat_input",
+    "explain",
+    "find_layers",
+    "load_demo_model",
+    "load_model",
+]

@@ -37,7 +37,7 @@ class LayerColumns:
 def layer_columns(
     total: LayerTotal, features: Features, per_token: bool, keep_hidden: bool
 ) -> LayerColumns:
-    """Sum positions (or combine their norms) to features, and compare sums with score differences."""
+    """Positions summed (norms: combined) to features, and the sums against score differences."""
     n_input = len(features.names)
     feature_of = features.feature_at(total.tokens.size(1))
 
@@ -108,8 +108,8 @@ def warn_unless_converged(
     warnings.warn(
         f"integrated gradients have not converged: {int((relative > ACCEPTED_DELTA).sum())} of "
         f"{relative.numel()} sums of attributions miss the score difference by more than 10 %, "
-        f"worst by {float(relative.max()):.0%} (at {what}). Raise n_steps, choose another baseline, "
-        'or use method="adaptive"',
+        f"worst by {float(relative.max()):.0%} (at {what}). Raise n_steps, choose another "
+        'baseline, or use method="adaptive"',
         stacklevel=4,
     )
 
@@ -136,7 +136,7 @@ def _stack(tensors: Sequence[Tensor | None]) -> Tensor | None:
 
 
 def _by_feature(values: Tensor, feature_of: Tensor, n_input: int, norm: str) -> Tensor:
-    """(…, length) per position to (…, n_input) per feature; positions of feature -1 are left out."""
+    """(…, length) per position to (…, n_input) per feature; feature -1 is left out."""
     if norm == "linf":
         index = torch.where(feature_of < 0, n_input, feature_of).expand_as(values)
         grouped = values.new_zeros(*values.shape[:-1], n_input + 1)

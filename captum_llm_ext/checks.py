@@ -1,15 +1,30 @@
-"""What is checked of a model before any work: refuse what is meaningless, warn of what is doubtful."""
+"""Checks before any work: refuse what is meaningless, warn of what is doubtful."""
 
 from __future__ import annotations
 
 import logging
 import warnings
 
+import torch
 from torch import nn
 
+from captum_llm_ext.hooks import embeddings, evaluating
 from captum_llm_ext.model_pass import TeacherForcing
 
 logger = logging.getLogger(__name__)
+
+
+def check_ids(forcing: TeacherForcing) -> None:
+    """Refuse token ids that the model has no embedding for."""
+    size = getattr(next(iter(embeddings(forcing.model)), None), "num_embeddings", None)
+    contrast = forcing.target.contrast
+    ids = [forcing.prompt_ids[0], forcing.target.ids, *([] if contrast is None else [contrast])]
+    wrong = [int(i) for i in torch.cat(ids) if i < 0 or (size is not None and i >= size)]
+    if wrong:
+        raise ValueError(
+            f"the ids of prompt and target must be in the model's vocabulary of {size}; "
+            f"got {wrong[:5]}: are tokenizer and model a pair?"
+        )
 
 
 def check_context(forcing: TeacherForcing) -> None:
@@ -37,12 +52,13 @@ def warn_of_dropout(model: nn.Module) -> None:
 
 def is_causal(forcing: TeacherForcing) -> bool:
     """Whether one pass can score all target tokens; says so when it cannot."""
-    if forcing.is_causal():
-        return True
+    with evaluating(forcing.model):  # dropout would look like an effect of the later token
+        if forcing.is_causal():
+            return True
     if not forcing.target.is_additive:
         raise ValueError(
-            "attr_target='prob' needs a causal model for a target of several tokens, and here a "
-            "later token changes earlier scores: use attr_target='log_prob' or a target of one token"
+            "attr_target='prob' needs a causal model for a target of several tokens, and here "
+            "a later token changes earlier scores: use attr_target='log_prob' or one target token"
         )
     warnings.warn(
         f"{type(forcing.model).__name__} is not causal (a later token changes earlier scores), so "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from copy import copy
 from dataclasses import dataclass, field
@@ -96,6 +96,8 @@ def attribute_layers(
             width = ends[site].tensor[0, 0].numel() if ends[site].depends_on_tokens else 0
             totals.setdefault(site, LayerTotal(forcing, rule.norm, plan, width))
         alive = [site for site in sites if ends[site].depends_on_tokens]
+        if not alive:
+            continue
         if isinstance(rule, PointRule):
             _add_point(forcing, span, rule, alive, totals, plan)
         elif start is not None:
@@ -193,8 +195,6 @@ class _PathWalk:
 
     def add(self, chain: Sequence[Site], totals: Mapping[Site, LayerTotal]) -> None:
         """Walk the path of `chain` and add its attributions to the totals."""
-        if not chain:
-            return
         replayed, scored = self._scored_ends(chain)
         chunks = math.ceil(len(self.rule.points) / self.plan.rows)
         points = torch.tensor(self.rule.points).tensor_split(chunks)

@@ -18,7 +18,7 @@ from captum_llm_ext.assemble import (
     single_result,
     warn_unless_converged,
 )
-from captum_llm_ext.checks import check_context, is_causal, warn_of_dropout
+from captum_llm_ext.checks import check_context, check_ids, is_causal, warn_of_dropout
 from captum_llm_ext.compat import (
     CaptumLLMGradientAttribution,
     CaptumTextTokenInput,
@@ -86,9 +86,9 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
         super().__init__(copy(attr_method), tokenizer)
         self.attr_target = check_attr_target(attr_target)
         # Found now, so that a layer that is not in the model is an error where it was written.
-        self._sites, self._several = resolve_sites(self.model, attr_method.layer)
+        self._sites, self._several = resolve_sites(self.model, attr_method.layer)  # type: ignore[attr-defined]
 
-    def attribute(  # type: ignore[override]
+    def attribute(
         self,
         inp: InterpretableInput,
         target: str | Tensor | None = None,
@@ -160,6 +160,7 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
             warn_of_dropout(self.model)
             features = read_features(inp, self._input_device())
             forcing = self._teacher_forcing(inp, features, target, gen_args, contrast_target)
+            check_ids(forcing)
             check_context(forcing)
             tokens = output_tokens(forcing.target.ids, self.tokenizer)
             if include_generated:
@@ -185,8 +186,8 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
     def _input_device(self) -> torch.device:
         """Where the ids go: with the embeddings, also when a model is spread over devices."""
         weight = getattr(next(iter(embeddings(self.model)), None), "weight", None)
-        on_meta = weight is None or weight.device.type == "meta"
-        return torch.device(self.device) if on_meta else weight.device
+        device = weight.device if isinstance(weight, Tensor) else torch.device(self.device)
+        return torch.device(self.device) if device.type == "meta" else device
 
     def _teacher_forcing(
         self,
@@ -250,10 +251,9 @@ class _Job:
         with tqdm(total=sum(map(self._rows, rules)), disable=not show_progress) as bar:
             plan = replace(self.plan, advance=bar.update)
             runs = [
-                attribute_layers(self.forcing, rule, self.sites, self.start, plan)
-                for rule in rules
+                attribute_layers(self.forcing, rule, self.sites, self.start, plan) for rule in rules
             ]
-        return runs[0] if trials == 1 else {s: LayerTotal.mean([r[s] for r in runs]) for s in runs[0]}
+        return {site: LayerTotal.mean([run[site] for run in runs]) for site in self.sites}
 
     def _rows(self, rule: Rule) -> int:
         """Rows that the rule will differentiate."""

@@ -31,6 +31,18 @@ def frozen_parameters(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """No dropout: every module in evaluation mode for a while."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
 def reading(sites: Sequence[Site]) -> Iterator[dict[Site, Tensor]]:
     """Record the tensor at each site as the model runs, ready to be differentiated.
 
@@ -43,8 +55,8 @@ def reading(sites: Sequence[Site]) -> Iterator[dict[Site, Tensor]]:
         def record(tensor: Tensor) -> Tensor:
             if site in read:
                 raise ValueError(
-                    f"layer {site.name!r} runs more than once in a forward pass, so its attribution "
-                    "is not defined; choose a layer that runs once, e.g. a decoder block"
+                    f"layer {site.name!r} runs more than once in a forward pass, so its "
+                    "attribution is not defined; choose one that runs once, e.g. a decoder block"
                 )
             read[site] = tensor if tensor.requires_grad else tensor.detach().requires_grad_()
             return read[site].clone()
@@ -175,7 +187,7 @@ def embedding_leaves(model: nn.Module, ids: Tensor) -> Iterator[list[Tensor]]:
 
 def embeddings(model: nn.Module) -> list[nn.Module]:
     """Every embedding of the model, the input embedding first."""
-    found = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+    found: list[nn.Module] = [m for m in model.modules() if isinstance(m, nn.Embedding)]
     first = _named_by_model(model, "get_input_embeddings")
     return found if first is None else [first, *(m for m in found if m is not first)]
 

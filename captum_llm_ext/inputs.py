@@ -154,8 +154,9 @@ def read_features(inp: InterpretableInput, device: torch.device) -> Features:
     if not isinstance(inp, CaptumTextTokenInput):
         raise ValueError(f"expected a TextTokenInput, got {type(inp).__name__}")
     ids = inp.inp_tensor
-    if ids.numel() == 0:
-        raise ValueError("the prompt is empty: it must have at least one token")
+    special = set(getattr(inp.tokenizer, "all_special_ids", ()))
+    if not set(ids.flatten().tolist()) - special:
+        raise ValueError("the prompt is empty: expected at least one token that is not special")
     mask = torch.ones_like(ids).bool() if inp.itp_mask is None else inp.itp_mask
     if not mask.any():
         raise ValueError("all tokens of the prompt are skipped: leave at least one as a feature")
@@ -220,8 +221,8 @@ def token_id(name: str, tokenizer: Any) -> int:
     unknown = getattr(tokenizer, "unk_token", None)
     if found is None or (found == getattr(tokenizer, "unk_token_id", None) and name != unknown):
         raise ValueError(
-            f"{name!r} is not a token of the vocabulary; expected a token string, an id, or one "
-            f"of {', '.join(SPECIAL_BASELINES + EMBEDDING_BASELINES)}"
+            f"{name!r} is not a token of the vocabulary: expected a token id or string, and as a "
+            f"baseline also one of {', '.join(SPECIAL_BASELINES + EMBEDDING_BASELINES)}"
         )
     return int(found)
 

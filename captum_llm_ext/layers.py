@@ -78,10 +78,12 @@ def resolve_sites(
 
 def decoder_blocks(model: nn.Module) -> list[nn.Module]:
     """The model's blocks in order: the outermost ``ModuleList`` with the most parameters."""
-    lists = _outermost_module_lists(model)
-    if not lists:
-        return []
-    return list(max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters())))
+    lists = [list(blocks) for blocks in _outermost_module_lists(model)]
+    return max(lists, key=_n_parameters, default=[])
+
+
+def _n_parameters(modules: list[nn.Module]) -> int:
+    return sum(parameter.numel() for module in modules for parameter in module.parameters())
 
 
 def _outermost_module_lists(module: nn.Module) -> list[nn.ModuleList]:
@@ -115,5 +117,5 @@ def _matches(name: str, pattern: str) -> bool:
 def _no_match(pattern: str, names: list[str]) -> str:
     short = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
     close = get_close_matches(pattern, names + short, n=5, cutoff=0.5)
-    hint = f"close names: {', '.join(close)}" if close else f"layers are e.g. {', '.join(short[:8])}"
+    hint = f"close names: {', '.join(close)}" if close else f"layers: {', '.join(short[:8])}, …"
     return f"no layer of the model matches {pattern!r}; {hint}"

@@ -62,7 +62,7 @@ class LayerSaliency(LayerAttribution, GradientAttribution):
             raise ValueError(f"norm must be 'l1', 'l2' or 'linf', got {norm!r}")
         self.norm = norm
 
-    def attribute(  # type: ignore[override]
+    def attribute(
         self,
         inputs: Any,
         target: Any = None,
@@ -134,9 +134,7 @@ def _integrated_gradients(
     return PathRule(tuple(points), tuple(weights), multiply, is_integral=multiply)
 
 
-def _gradient_shap(
-    method: LayerGradientShap, *, n_samples: int = 5, stdevs: float = 0.0
-) -> Rule:
+def _gradient_shap(method: LayerGradientShap, *, n_samples: int = 5, stdevs: float = 0.0) -> Rule:
     """Expected gradients, Erion et al. 2021, https://arxiv.org/abs/1906.10670."""
     if isinstance(n_samples, bool) or not isinstance(n_samples, int) or n_samples < 1:
         raise ValueError(f"n_samples must be an int >= 1, got {n_samples!r}")

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -163,7 +164,7 @@ def _reach_head(model: nn.Module, sites: Sequence[Site]) -> bool:
 
 def _even_spans(n_output: int, count: int) -> list[TargetSpan]:
     edges = [round(n_output * i / count) for i in range(count + 1)]
-    return [TargetSpan(start, stop) for start, stop in zip(edges, edges[1:], strict=False)]
+    return [TargetSpan(start, stop) for start, stop in pairwise(edges)]
 
 
 def _forward_options(model: nn.Module, n_scores: int) -> dict[str, Any]:

@@ -63,7 +63,9 @@ class Target:
 
 def check_attr_target(attr_target: str) -> str:
     if attr_target not in ATTR_TARGETS:
-        raise ValueError(f"attr_target must be one of {', '.join(ATTR_TARGETS)}; got {attr_target!r}")
+        raise ValueError(
+            f"attr_target must be one of {', '.join(ATTR_TARGETS)}; got {attr_target!r}"
+        )
     return attr_target
 
 

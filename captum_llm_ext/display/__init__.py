@@ -1,0 +1,32 @@
+"""How attributions look: tokens as text, colour scales, plots and terminal tables.
+
+Every function here takes plain arrays and labels and knows nothing of results or models.
+Further formats (HTML) belong beside `terminal`, built on the same `tokens` and `scale`.
+"""
+
+from __future__ import annotations
+
+from captum_llm_ext.display.plots import draw_bars, draw_heat_map
+from captum_llm_ext.display.scale import ColorScale
+from captum_llm_ext.display.shaded import draw_shaded_text
+from captum_llm_ext.display.terminal import AttributionText, print_text, render_text
+from captum_llm_ext.display.tokens import (
+    distinct_names,
+    readable_token,
+    short_layer_names,
+    token_text,
+)
+
+__all__ = [
+    "AttributionText",
+    "ColorScale",
+    "distinct_names",
+    "draw_bars",
+    "draw_heat_map",
+    "draw_shaded_text",
+    "print_text",
+    "readable_token",
+    "render_text",
+    "short_layer_names",
+    "token_text",
+]

@@ -1,0 +1,238 @@
+"""Bars for a sequence, heat maps for tokens and layers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from captum_llm_ext.display.figures import (
+    LABEL_SIZE,
+    LARGEST,
+    TEXT_HEIGHT,
+    add_color_bar,
+    axes_size,
+    label_style,
+    open_figure,
+    widest,
+)
+from captum_llm_ext.display.scale import ColorScale, FloatArray, text_color
+from captum_llm_ext.display.tokens import readable_token
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_NUMBERED_COLUMNS = 24  # up to here a cell is wide enough for its number
+_COLUMNS_PER_BLOCK = 60  # more input tokens than this continue below, as text does
+_NARROW_CELL = 0.22
+_LOW_CELL = 0.12
+_LONGEST_LABEL = 28
+_LONGEST_WRAPPED_LABEL = 16
+_MARGIN = 2.0  # inches for the colour bar and the edges
+
+
+def draw_bars(
+    values: FloatArray, tokens: Sequence[str], label: str, ax: Axes | None = None
+) -> tuple[Figure, Axes]:
+    """Bar plot of one value per token; a bar out of all proportion is cut and says its value.
+
+    Args:
+        values: shape (n_tokens,).
+        tokens: as the tokenizer gives them; shown by `readable_token`.
+        label: what the values are.
+        ax: axes to draw into; None (default) for a new figure.
+    """
+    scale = ColorScale.of(values)
+    width = axes_size(ax)[0] if ax else min(max(0.4 * len(values) + 1.0, 6.4), LARGEST)
+    figure, ax = open_figure(ax, width, 4.8)
+    bars = ax.bar(
+        range(len(values)),
+        np.clip(np.nan_to_num(values), -scale.limit, scale.limit),
+        color=np.where(values < 0, "#c0392b", "#2f6db3"),
+        hatch=["//" if abs(value) > scale.limit else "" for value in values],
+        edgecolor="white",
+    )
+    ax.axhline(0.0, color="black", linewidth=0.8)
+    ax.spines[["right", "bottom"]].set_visible(False)
+    ax.margins(x=0.01, y=0.1)
+    ax.set_ylabel(scale.label(label).replace("colours", "bars"))
+    numbered = width / len(values) > 0.35
+    texts = [
+        scale.format(value) if numbered or abs(value) > scale.limit else "" for value in values
+    ]
+    ax.bar_label(bars, texts, fontsize=LABEL_SIZE, padding=2)
+    _label_columns(ax, [readable_token(token, _LONGEST_LABEL) for token in tokens], width)
+    return figure, ax
+
+
+def draw_heat_map(
+    values: FloatArray,
+    row_labels: Sequence[str],
+    column_labels: Sequence[str],
+    label: str,
+    ax: Axes | None = None,
+) -> tuple[Figure, Axes]:
+    """Heat map; many columns continue in further blocks below, as lines of text do.
+
+    Args:
+        values: shape (n_rows, n_columns); not finite values are grey.
+        row_labels, column_labels: ready to read; long ones are cut.
+        label: what the values are.
+        ax: axes to draw into; None (default) for a new figure. Given axes keep their size: there
+            the columns stay in one block, and labels that find no room are left out.
+    """
+    rows = [readable_token(name, _LONGEST_LABEL) for name in row_labels]
+    columns = [readable_token(name, _LONGEST_LABEL) for name in column_labels]
+    if ax is not None:
+        layout = _Layout.given(ax, len(rows), len(columns))
+    elif len(columns) > _COLUMNS_PER_BLOCK:
+        columns = [readable_token(name, _LONGEST_WRAPPED_LABEL) for name in columns]
+        layout = _Layout.wrapped(len(rows), columns)
+    else:
+        layout = _Layout.plain(len(rows), columns)
+    figure, ax = open_figure(ax, *layout.figure_size(widest(rows)))
+    scale = ColorScale.of(values)
+    picture = layout.arrange(values)
+    image = ax.imshow(
+        picture, cmap=scale.colormap, norm=scale.norm, aspect="auto", interpolation="nearest"
+    )
+    add_color_bar(figure, ax, image, scale.label(label), bool(scale.beyond), scale.signed)
+    if layout.n_blocks > 1:
+        _label_blocks(ax, layout, rows, columns)
+    else:
+        _label_rows(ax, layout, rows)
+        _label_columns(ax, columns, layout.cell_width * len(columns))
+        _write_numbers(ax, layout, values, scale)
+    return figure, ax
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where the cells of a heat map go; lengths in inches."""
+
+    n_rows: int
+    n_columns: int
+    columns_per_block: int
+    cell_width: float
+    cell_height: float
+    header: float  # height of the slanted column labels
+
+    @property
+    def n_blocks(self) -> int:
+        return max(1, math.ceil(self.n_columns / self.columns_per_block))
+
+    @property
+    def gap(self) -> int:
+        """Rows of cells that the column labels of a block take."""
+        return math.ceil(self.header / self.cell_height) if self.n_blocks > 1 else 0
+
+    @property
+    def height(self) -> float:
+        """Height of all blocks with their column labels."""
+        return self.n_blocks * (self.n_rows * self.cell_height + self.header)
+
+    @classmethod
+    def given(cls, ax: Axes, n_rows: int, n_columns: int) -> _Layout:
+        width, height = axes_size(ax)
+        return cls(n_rows, n_columns, n_columns, 0.85 * width / n_columns, height / n_rows, 0.0)
+
+    @classmethod
+    def plain(cls, n_rows: int, columns: Sequence[str]) -> _Layout:
+        numbered = len(columns) <= _NUMBERED_COLUMNS
+        width = max(0.55 if numbered else _NARROW_CELL, 4.0 / max(len(columns), 1))
+        height = max(0.3 if numbered and n_rows <= 40 else 0.16, min(0.8, 2.0 / max(n_rows, 1)))
+        header = _header(columns)
+        height = min(height, (LARGEST - header - 1.0) / max(n_rows, 1))
+        return cls(n_rows, len(columns), len(columns), width, height, header)
+
+    @classmethod
+    def wrapped(cls, n_rows: int, columns: Sequence[str]) -> _Layout:
+        """The narrowest blocks that keep the figure within bounds and the rows readable."""
+        header, widest_block = _header(columns), int((LARGEST - 5.0) / _NARROW_CELL)
+        for per_block in range(_COLUMNS_PER_BLOCK, widest_block + 1, 10):
+            n_blocks = math.ceil(len(columns) / per_block)
+            height = min(0.16, ((LARGEST - 2.0) / n_blocks - header) / n_rows)
+            layout = cls(n_rows, len(columns), per_block, _NARROW_CELL, height, header)
+            if height >= _LOW_CELL:
+                return layout
+        if height >= 0.02:  # row labels thinned out
+            return layout
+        return cls(n_rows, len(columns), len(columns), LARGEST / len(columns), _LOW_CELL, header)
+
+    def figure_size(self, row_label_width: float) -> tuple[float, float]:
+        width = min(self.columns_per_block, self.n_columns) * self.cell_width
+        return width + row_label_width + _MARGIN, self.height + 0.4
+
+    def arrange(self, values: FloatArray) -> FloatArray:
+        """Cells of all blocks, one block under the other, with empty rows for the labels."""
+        blocks = self.n_blocks
+        height = blocks * (self.gap + self.n_rows)
+        picture = np.full((height, self.columns_per_block), np.nan, dtype=np.float32)
+        for block in range(blocks):
+            part = values[:, block * self.columns_per_block :][:, : self.columns_per_block]
+            top = self.top(block)
+            picture[top : top + self.n_rows, : part.shape[1]] = part
+        return picture
+
+    def top(self, block: int) -> int:
+        """First row of a block's cells."""
+        return block * (self.gap + self.n_rows) + self.gap
+
+
+def _header(columns: Sequence[str]) -> float:
+    return 0.2 + 0.75 * widest(columns)
+
+
+def _step(inches: float) -> int:
+    """Every how manieth label has room, at this distance from one to the next."""
+    return math.ceil(TEXT_HEIGHT / max(inches, 1e-6) - 0.15)
+
+
+def _label_columns(ax: Axes, labels: Sequence[str], width: float) -> None:
+    step = max(1, _step(0.7 * width / len(labels)))  # slanted lines are closer than their feet
+    ax.tick_params(top=True, bottom=False, labeltop=True, labelbottom=False)
+    ax.set_xticks(
+        range(0, len(labels), step),
+        labels=labels[::step],
+        rotation=45,
+        ha="left",
+        rotation_mode="anchor",
+        fontsize=LABEL_SIZE,
+        **label_style(),
+    )
+
+
+def _label_rows(ax: Axes, layout: _Layout, labels: Sequence[str]) -> None:
+    kept = range(0, len(labels), max(1, _step(layout.cell_height)))
+    ax.set_yticks(
+        [layout.top(block) + row for block in range(layout.n_blocks) for row in kept],
+        labels=[labels[row] for row in kept] * layout.n_blocks,
+        fontsize=LABEL_SIZE,
+        **label_style(),
+    )
+
+
+def _label_blocks(ax: Axes, layout: _Layout, rows: Sequence[str], columns: Sequence[str]) -> None:
+    _label_rows(ax, layout, rows)
+    style = label_style() | {"rotation": 45, "rotation_mode": "anchor", "fontsize": LABEL_SIZE}
+    for column, text in enumerate(columns):
+        block, place = divmod(column, layout.columns_per_block)
+        ax.text(place, layout.top(block) - 0.7, text, ha="left", va="bottom", **style)
+    ax.set_xticks([])
+    ax.spines[:].set_visible(False)
+
+
+def _write_numbers(ax: Axes, layout: _Layout, values: FloatArray, scale: ColorScale) -> None:
+    """Numbers in the cells of a small heat map, so that it can be read without its colours."""
+    if layout.cell_width < 0.35 or layout.cell_height < TEXT_HEIGHT:
+        return
+    size = min(LABEL_SIZE, 72 * layout.cell_width / 4.2)
+    colors = scale.colors(values)
+    for row, column in np.ndindex(values.shape):
+        text = scale.format(float(values[row, column]))
+        color = text_color(colors[row, column])
+        ax.text(column, row, text, ha="center", va="center", color=color, fontsize=size)

@@ -1,0 +1,90 @@
+"""One colour scale for plots and tables."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib import colormaps
+from matplotlib.colors import Colormap, Normalize
+
+FloatArray = npt.NDArray[np.float32]
+
+# A token is taken for dominant when it exceeds this many times what nearly all others stay under.
+_DOMINANCE = 3.0
+_SHARE_OF_TOKENS = 0.98
+_FEWEST_TOKENS = 4  # below this every value can be read anyway
+
+
+@dataclass(frozen=True)
+class ColorScale:
+    """Colours of attributions: white at 0, blue above, red below, safe for colour-blind readers.
+
+    `limit` is the absolute value at which the colours stop. It is the largest one, unless few
+    columns (tokens) dwarf all others, as the first token of a prompt often does; then it is the
+    largest among the others, so that these keep their differences. `beyond` counts the values cut.
+
+    >>> scale = ColorScale.of(np.array([[100.0, 3.0, 2.0, 1.0]], dtype=np.float32))
+    >>> scale.limit, scale.signed, scale.beyond
+    (3.0, False, 1)
+    >>> scale.label("Attribution")
+    'Attribution (colours stop at 3.00; 1 beyond)'
+    """
+
+    limit: float
+    signed: bool
+    beyond: int
+
+    @classmethod
+    def of(cls, values: FloatArray) -> ColorScale:
+        """Scale for the finite ones of values of shape (n_rows, n_columns) or (n_columns,)."""
+        sizes = np.atleast_2d(np.where(np.isfinite(values), np.abs(values), 0.0))
+        limit = _limit(np.sort(sizes.max(axis=0, initial=0.0)))
+        signed = bool(np.any(np.asarray(values) < 0))
+        return cls(limit or 1.0, signed, int((sizes > limit).sum()))
+
+    @property
+    def norm(self) -> Normalize:
+        return Normalize(-self.limit if self.signed else 0.0, self.limit)
+
+    @property
+    def colormap(self) -> Colormap:
+        colormap = colormaps["RdBu" if self.signed else "Blues"].copy()
+        colormap.set_bad("lightgrey")
+        return colormap
+
+    def colors(self, values: FloatArray) -> npt.NDArray[np.float64]:
+        """Red, green, blue and opacity in 0..1 for every value, shape (*values.shape, 4)."""
+        masked = np.ma.masked_invalid(np.asarray(values))
+        return np.asarray(self.colormap(self.norm(masked)), dtype=np.float64)
+
+    def format(self, value: float) -> str:
+        """A number with as many decimals as give the limit of the scale three digits."""
+        magnitude = math.floor(math.log10(self.limit))
+        if not -4 <= magnitude <= 6:
+            return f"{value:.1e}"
+        text = f"{value:.{max(0, 2 - magnitude)}f}"
+        return text.lstrip("-") if not text.strip("-0.") else text
+
+    def label(self, name: str) -> str:
+        """The name of the quantity, with a remark where values lie beyond the colours."""
+        if not self.beyond:
+            return name
+        stop = f"{'±' if self.signed else ''}{self.format(self.limit)}"
+        return f"{name} (colours stop at {stop}; {self.beyond} beyond)"
+
+
+def _limit(peaks: npt.NDArray[np.floating]) -> float:
+    """Largest of the sorted column peaks that is not out of proportion to the others."""
+    if len(peaks) < _FEWEST_TOKENS:
+        return float(peaks.max(initial=0.0))
+    others = float(np.quantile(peaks[:-1], _SHARE_OF_TOKENS, method="higher"))
+    largest = float(peaks[-1])
+    return others if 0.0 < _DOMINANCE * others < largest else largest
+
+
+def text_color(background: npt.NDArray[np.float64]) -> str:
+    """Black or white, whichever is read better on the background (red, green, blue, …)."""
+    return "black" if background[:3] @ (0.299, 0.587, 0.114) > 0.5 else "white"

@@ -1,0 +1,120 @@
+"""Attribution in one line: name the method, the layers and the prompt, and get the result."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from captum.attr import (
+    InterpretableInput,
+    LayerGradientShap,
+    LayerGradientXActivation,
+    LayerIntegratedGradients,
+)
+from torch import nn
+
+from captum_llm_ext.gradient import LLMGradientAttribution
+from captum_llm_ext.inputs import TextTokenInput, chat_input
+from captum_llm_ext.methods import LayerSaliency
+from captum_llm_ext.result import LLMAttributionResult
+
+Message: TypeAlias = Mapping[str, str]
+Prompt: TypeAlias = str | Sequence[Message] | InterpretableInput
+Layers: TypeAlias = nn.Module | str | Sequence[nn.Module | str]
+
+
+def _integrated_gradients(model: nn.Module, layer: Any) -> LayerIntegratedGradients:
+    with warnings.catch_warnings():
+        # Captum warns of layers that feed each other; here each layer has its own path.
+        warnings.filterwarnings("ignore", message="Multiple layers provided")
+        return LayerIntegratedGradients(model, layer)
+
+
+GRADIENT_METHODS: dict[str, Callable[[nn.Module, Any], Any]] = {
+    "saliency": LayerSaliency,
+    "ig": _integrated_gradients,
+    "gradxact": LayerGradientXActivation,
+    "gradshap": LayerGradientShap,
+}
+
+
+def explain(
+    model: nn.Module,
+    tokenizer: Any,
+    prompt: Prompt,
+    target: str | torch.Tensor | None = None,
+    method: str = "saliency",
+    layers: Layers | None = None,
+    **kwargs: Any,
+) -> LLMAttributionResult:
+    """Attribute what a language model says to the parts of its prompt.
+
+    Args:
+        model: a causal language model.
+        tokenizer: the model's tokenizer.
+        prompt: a string (every token is a feature), a list of messages
+            (``{"role": ..., "content": ...}``, put through the chat template), or any
+            interpretable input of Captum.
+        target: the continuation to attribute, a string or token ids of shape (n_output,).
+            Default: what the model generates.
+        method: "saliency" (L1 norm of the gradient), "ig" (integrated gradients), "gradxact"
+            (gradient x activation) or "gradshap" (gradient SHAP). Default: "saliency".
+        layers: a module, a name, a pattern such as ``"model.layers.*.mlp"``, or a list of these.
+            Default: the input embeddings.
+        **kwargs: go to ``LLMGradientAttribution.attribute``, for example ``n_steps=100`` or
+            ``gen_args={"max_new_tokens": 10}``.
+
+    Returns:
+        A result with ``seq_attr`` (n_input,) and ``token_attr`` (n_output, n_input), in units of
+        log p; for several layers an ``LLMLayerAttributionResult``, with those of each layer too.
+
+    Raises:
+        ValueError: the method is unknown, a layer is not in the model, or the prompt or the
+            target is empty.
+        TypeError: the prompt is none of the kinds above.
+
+    Example:
+        >>> model, tokenizer = load_demo_model()  # doctest: +SKIP
+        >>> result = explain(model, tokenizer, "The capital of France is", " Paris")
+        ... # doctest: +SKIP
+        >>> result.print()  # doctest: +SKIP
+
+    Source: Kokhlikyan et al., "Captum" (2020), arXiv:2009.07896; Miglani et al., "Using Captum to
+    explain generative language models" (2023), arXiv:2312.05491.
+    """
+    if method not in GRADIENT_METHODS:
+        raise ValueError(
+            f"expected method to be one of {', '.join(GRADIENT_METHODS)}; got {method!r}"
+        )
+    layer = _input_embeddings(model) if layers is None else layers
+    attribution = GRADIENT_METHODS[method](model, layer)
+    wrapper = LLMGradientAttribution(attribution, tokenizer)
+    return wrapper.attribute(_as_input(prompt, tokenizer), target=target, **kwargs)
+
+
+def _as_input(prompt: Any, tokenizer: Any) -> InterpretableInput:
+    if isinstance(prompt, str):
+        if not prompt:  # with a tokenizer that puts a token before every text it would pass
+            raise ValueError("expected a prompt of at least one character, got an empty string")
+        return TextTokenInput(prompt, tokenizer)
+    if isinstance(prompt, InterpretableInput):
+        return prompt
+    if isinstance(prompt, Sequence) and all(isinstance(message, Mapping) for message in prompt):
+        return chat_input(prompt, tokenizer)
+    raise TypeError(
+        "expected the prompt to be a string, a list of messages with 'role' and 'content', or an "
+        f"interpretable input of Captum; got {type(prompt).__name__}"
+    )
+
+
+def _input_embeddings(model: nn.Module) -> nn.Module:
+    find = getattr(model, "get_input_embeddings", None)
+    embeddings = find() if callable(find) else None
+    if not isinstance(embeddings, nn.Module):
+        raise ValueError(
+            f"cannot tell which layer of {type(model).__name__} holds the input embeddings: name "
+            'it with layers, for example layers="embed_tokens"'
+        )
+    return embeddings

@@ -1,0 +1,8 @@
+"""What attribution returns: Captum's result, with deltas, layers, readable plots and tables."""
+
+from __future__ import annotations
+
+from captum_llm_ext.result.layered import LLMLayerAttributionResult
+from captum_llm_ext.result.single import LLMAttributionResult
+
+__all__ = ["LLMAttributionResult", "LLMLayerAttributionResult"]

@@ -1,0 +1,250 @@
+"""The result of one attribution."""
+
+from __future__ import annotations
+
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+from captum.attr import InterpretableInput
+from captum.attr import LLMAttributionResult as CaptumLLMAttributionResult
+from torch import Tensor
+
+from captum_llm_ext.display import (
+    AttributionText,
+    distinct_names,
+    draw_bars,
+    draw_heat_map,
+    draw_shaded_text,
+    print_text,
+    readable_token,
+    render_text,
+)
+from captum_llm_ext.result.values import (
+    array,
+    checked_tensor,
+    count,
+    equal,
+    optional_tensor,
+    token_list,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_MOST_BARS = 60  # input tokens; a longer prompt is plotted as shaded text
+
+
+class LLMAttributionResult(CaptumLLMAttributionResult):
+    """Attribution of every input token to every output token and to the whole output.
+
+    A `captum.attr.LLMAttributionResult` that keeps every value in float32, detached, on the device
+    it came from.
+
+    Args:
+        input_tokens: n_input tokens or features.
+        output_tokens: n_output target tokens.
+        seq_attr: attribution to the sequence score, shape (n_input,). In units of the score (nats
+            for "log_prob"), or of the score per unit of the layer for gradient norms.
+        token_attr: attribution to each token's score, shape (n_output, n_input); None (default)
+            where only the sequence was attributed.
+        output_probs: log probability of each output token, shape (n_output,), or None (default).
+        inp: the interpretable input explained, or None (default).
+        convergence_delta: sum of the attributions less the score difference they should sum to,
+            shape (n_output,), or (1,) for the sequence alone; None (default) for methods without
+            a path. Sundararajan et al. 2017, https://arxiv.org/abs/1703.01365.
+        hidden_attr: attribution before it was summed over hidden units, shape (n_output, n_input,
+            hidden), or (1, n_input, hidden) for the sequence alone; None (default) if not kept.
+
+    Raises:
+        ValueError: a shape does not fit the tokens.
+        TypeError: tokens are one string rather than a list.
+
+    Example:
+        >>> result = LLMAttributionResult(
+        ...     input_tokens=["The", "Ġcapital", "Ġof", "ĠFrance", "Ġis"],
+        ...     output_tokens=["ĠParis"],
+        ...     seq_attr=[80.8, 61.4, 17.6, 26.4, 10.7],
+        ... )
+        >>> result  # doctest: +NORMALIZE_WHITESPACE
+        LLMAttributionResult(5 input tokens -> 1 output token,
+        top: 'The' 80.8, ' capital' 61.4, ' France' 26.4)
+        >>> round(result.seq_attr_dict["ĠFrance"], 1)
+        26.4
+    """
+
+    convergence_delta: Tensor | None
+    __hash__ = None  # type: ignore[assignment]  # compared by value, and can be changed
+
+    def __init__(
+        self,
+        *,
+        input_tokens: list[str],
+        output_tokens: list[str],
+        seq_attr: npt.ArrayLike,
+        token_attr: npt.ArrayLike | None = None,
+        output_probs: npt.ArrayLike | None = None,
+        inp: InterpretableInput | None = None,
+        convergence_delta: Tensor | None = None,
+        hidden_attr: Tensor | None = None,
+    ) -> None:
+        super().__init__(
+            input_tokens=token_list("input_tokens", input_tokens),
+            output_tokens=token_list("output_tokens", output_tokens),
+            seq_attr=seq_attr,
+            token_attr=token_attr,
+            output_probs=output_probs,
+            inp=inp,
+        )
+        n_output = len(self.output_tokens)
+        self.convergence_delta = optional_tensor(
+            "convergence_delta", convergence_delta, {"n_output": n_output}, {"sequence": 1}
+        )
+        self._hidden_attr: Any = self._checked_hidden("hidden_attr", hidden_attr)
+
+    @property
+    def seq_attr(self) -> Tensor:
+        """Attribution to the sequence score, shape (n_input,)."""
+        return self._seq_attr
+
+    @seq_attr.setter
+    def seq_attr(self, seq_attr: npt.ArrayLike) -> None:
+        self._seq_attr = checked_tensor("seq_attr", seq_attr, {"n_input": len(self.input_tokens)})
+
+    @property
+    def token_attr(self) -> Tensor | None:
+        """Attribution to each token's score, shape (n_output, n_input), or None."""
+        return self._token_attr
+
+    @token_attr.setter
+    def token_attr(self, token_attr: npt.ArrayLike | None) -> None:
+        shape = {"n_output": len(self.output_tokens), "n_input": len(self.input_tokens)}
+        self._token_attr = optional_tensor("token_attr", token_attr, shape)
+
+    @property
+    def output_probs(self) -> Tensor | None:
+        """Log probability of each output token, shape (n_output,), or None."""
+        return self._output_probs
+
+    @output_probs.setter
+    def output_probs(self, output_probs: npt.ArrayLike | None) -> None:
+        shape = {"n_output": len(self.output_tokens)}
+        self._output_probs = optional_tensor("output_probs", output_probs, shape)
+
+    @property
+    def hidden_attr(self) -> Any:
+        """Attribution per hidden unit, shape (n_output, n_input, hidden), or None.
+
+        Of several layers: a dict from layer name to such a tensor, since widths differ.
+        """
+        return self._hidden_attr
+
+    @property
+    def seq_attr_dict(self) -> dict[str, float]:
+        """Token → attribution; repeated tokens are told apart as "the", "the (2)", "the (3)"."""
+        names = distinct_names(self.input_tokens)
+        return dict(zip(names, self.seq_attr.tolist(), strict=True))
+
+    def plot_seq_attr(
+        self, show: bool = False, ax: Axes | None = None
+    ) -> tuple[Figure, Axes] | None:
+        """Plot the sequence attribution: bars, or shaded text for more than 60 input tokens.
+
+        Args:
+            show: True shows the plot and returns None; False (default) returns (figure, axes).
+            ax: axes to draw into; None (default) for a new figure.
+        """
+        draw = draw_bars if len(self.input_tokens) <= _MOST_BARS else draw_shaded_text
+        drawn = draw(array(self.seq_attr), self.input_tokens, "Sequence Attribution", ax)
+        return shown(drawn, show)
+
+    def plot_token_attr(
+        self, show: bool = False, ax: Axes | None = None
+    ) -> tuple[Figure, Axes] | None:
+        """Plot output tokens by input tokens; more than 60 input tokens continue in blocks below.
+
+        Args:
+            show: True shows the plot and returns None; False (default) returns (figure, axes).
+            ax: axes to draw into; None (default) for a new figure.
+
+        Raises:
+            ValueError: there is no `token_attr`; plot `plot_seq_attr` instead.
+        """
+        if self.token_attr is None:
+            raise ValueError(
+                "token_attr is None, since only the sequence was attributed: use plot_seq_attr, "
+                "or attribute with include_per_token_attr=True"
+            )
+        values = array(self.token_attr)
+        drawn = draw_heat_map(
+            values, self.output_tokens, self.input_tokens, "Token Attribution", ax
+        )
+        return shown(drawn, show)
+
+    def to_text(self, color: bool = True, width: int | None = None) -> str:
+        """Table for a terminal: a row per input token, columns sequence and output tokens.
+
+        More than 60 input tokens are shown as shaded text and a table of the 20 largest.
+
+        Args:
+            color: shade the cells with ANSI colours (default True).
+            width: columns of the terminal; None (default) for the present one.
+        """
+        return render_text(self._text(), color, width)
+
+    def print(self, file: IO[str] | None = None) -> None:
+        """Print the table of `to_text`, in colours where the terminal or notebook has them.
+
+        Args:
+            file: where to; None (default) for standard output.
+        """
+        print_text(self._text(), file)
+
+    def _text(self) -> AttributionText:
+        footers = {"log probability": self.output_probs, "convergence delta": self._footer_delta()}
+        return AttributionText(
+            self._title(),
+            self.input_tokens,
+            self.output_tokens,
+            array(self.seq_attr),
+            None if self.token_attr is None else array(self.token_attr),
+            {name: array(values) for name, values in footers.items() if values is not None},
+        )
+
+    def _footer_delta(self) -> Tensor | None:
+        return self.convergence_delta
+
+    def _title(self) -> str:
+        n_input, n_output = len(self.input_tokens), len(self.output_tokens)
+        return f"{count(n_input, 'input token')} -> {count(n_output, 'output token')}"
+
+    def _top(self, number: int = 3) -> str:
+        values = array(self.seq_attr)
+        largest = np.argsort(-np.abs(np.nan_to_num(values)), kind="stable")[:number]
+        tokens = [readable_token(self.input_tokens[place], 20) for place in largest]
+        pairs = zip(tokens, values[largest], strict=True)
+        return ", ".join(f"'{token}' {value:.3g}" for token, value in pairs)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._title()}, top: {self._top()})"
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        mine, theirs = vars(self), vars(other)
+        return all(equal(mine[name], theirs.get(name)) for name in mine if name != "inp")
+
+    def _checked_hidden(self, name: str, hidden_attr: Tensor | None) -> Tensor | None:
+        inputs = {"n_input": len(self.input_tokens), "hidden": None}
+        outputs = {"n_output": len(self.output_tokens)}
+        return optional_tensor(name, hidden_attr, outputs | inputs, {"sequence": 1} | inputs)
+
+
+def shown(drawn: tuple[Figure, Axes], show: bool) -> tuple[Figure, Axes] | None:
+    if not show:
+        return drawn
+    import matplotlib.pyplot as plt
+
+    plt.show()
+    return None

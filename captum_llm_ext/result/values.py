@@ -1,0 +1,65 @@
+"""Values as results keep them: tensors of the right shape, compared and counted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+
+def token_list(name: str, tokens: Sequence[str]) -> list[str]:
+    if isinstance(tokens, str):
+        raise TypeError(f"{name}: expected a list of tokens, got the string {tokens!r}; split it")
+    return list(tokens)
+
+
+def checked_tensor(name: str, values: npt.ArrayLike, *shapes: Mapping[str, int | None]) -> Tensor:
+    """Values as a detached float32 tensor of one of the shapes; None is any size."""
+    tensor = values if isinstance(values, Tensor) else torch.as_tensor(values)
+    tensor = tensor.detach().to(torch.float32)
+    if not any(_fits(tensor.shape, list(shape.values())) for shape in shapes):
+        wanted = " or ".join(f"({', '.join(shape)}) = {_sizes(shape)}" for shape in shapes)
+        raise ValueError(
+            f"{name}: expected shape {wanted}, got {tuple(tensor.shape)}; "
+            "give one value per token, in the order of the tokens"
+        )
+    return tensor
+
+
+def optional_tensor(
+    name: str, values: npt.ArrayLike | None, *shapes: Mapping[str, int | None]
+) -> Tensor | None:
+    return None if values is None else checked_tensor(name, values, *shapes)
+
+
+def _fits(shape: Sequence[int], wanted: Sequence[int | None]) -> bool:
+    return len(shape) == len(wanted) and all(
+        want in (None, size) for size, want in zip(shape, wanted, strict=True)
+    )
+
+
+def _sizes(shape: Mapping[str, int | None]) -> str:
+    return f"({', '.join('any' if size is None else str(size) for size in shape.values())})"
+
+
+def array(values: Tensor) -> npt.NDArray[np.float32]:
+    return values.detach().cpu().numpy()
+
+
+def count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def equal(mine: object, theirs: object) -> bool:
+    """Equality by value, through tensors and dicts of them; not-a-number equals itself."""
+    if isinstance(mine, Tensor) and isinstance(theirs, Tensor):
+        same = mine.shape == theirs.shape
+        return same and torch.allclose(mine.cpu(), theirs.cpu(), rtol=0, atol=0, equal_nan=True)
+    if isinstance(mine, dict) and isinstance(theirs, dict):
+        return mine.keys() == theirs.keys() and all(equal(mine[k], theirs[k]) for k in mine)
+    if isinstance(mine, Tensor) or isinstance(theirs, Tensor):
+        return False
+    return mine == theirs

@@ -1,0 +1,18 @@
+"""One thread, and the small real model read once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from captum_llm_ext import load_demo_model
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> tuple[Any, Any]:
+    """The small real model and its tokenizer."""
+    return load_demo_model()

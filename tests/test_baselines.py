@@ -1,0 +1,73 @@
+"""The `baselines` keyword: tokens by name, embeddings, and tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import captum.attr
+import pytest
+import torch
+from captum.attr import LayerIntegratedGradients
+
+from tests.cases import (
+    assert_close,
+    captum_attribution,
+    formula,
+    our_attribution,
+    problem,
+    prompt_input,
+    target_ids,
+)
+from tests.families import layer_names, tiny_model, tiny_tokenizer
+
+# Few steps are enough to compare; that they do not converge is another file's matter.
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+BASELINES: dict[str, tuple[Any, int]] = {
+    "pad": ("pad", 3),
+    "eos": ("eos", 2),
+    "unk": ("unk", 0),
+    "id": (17, 17),
+    "token": ("Ġgolf", -1),
+}
+
+
+@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize("kind", ["embedding", "block"])
+def test_baseline_keyword_names_a_token(kind: str, name: str) -> None:
+    given, number = BASELINES[name]
+    if number < 0:
+        number = tiny_tokenizer().vocab[given]
+    target, model = target_ids(2), tiny_model("llama")
+    layer = model.get_submodule(layer_names("llama")[kind])
+    own = captum.attr.TextTokenInput("Dave lives in Palm Coast", tiny_tokenizer(), baselines=number)
+    other = captum.attr.TextTokenInput("Dave lives in Palm Coast", tiny_tokenizer(), baselines=9)
+    expected = captum_attribution(LayerIntegratedGradients, model, layer, own, target=target)
+    result = our_attribution(
+        LayerIntegratedGradients, model, layer, other, target=target, baselines=given
+    )
+    assert_close(result.token_attr, expected.token_attr)
+
+
+@pytest.mark.parametrize("name", ["zero", "mean", "tensor"])
+@pytest.mark.parametrize("form", ["default", "skip_tokens"])
+@pytest.mark.parametrize("kind", ["embedding", "block", "mlp"])
+def test_baseline_keyword_gives_embeddings(kind: str, form: str, name: str) -> None:
+    inp, target, model = prompt_input(form), target_ids(2), tiny_model("llama")
+    matrix = model.get_input_embeddings().weight.detach()
+    count = inp.inp_tensor.shape[1]
+    start = {
+        "zero": torch.zeros(count, matrix.shape[1]),
+        "mean": matrix.mean(0).expand(count, -1),
+        "tensor": matrix[7].expand(count, -1) * 0.5,
+    }[name].clone()
+    given: Any = matrix[7] * 0.5 if name == "tensor" else name
+    if inp.itp_mask is not None:
+        skipped = ~inp.itp_mask[0]
+        start[skipped] = matrix[inp.inp_tensor[0][skipped]]
+    question = problem(model, layer_names("llama")[kind], inp=inp, count=2)
+    question.baseline, question.embedding = start, model.get_input_embeddings()
+    result = our_attribution(
+        LayerIntegratedGradients, model, question.layers[0], inp, target=target, baselines=given
+    )
+    assert_close(result.token_attr, formula("integrated_gradients", inp, question))
