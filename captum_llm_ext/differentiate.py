@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from captum_llm_ext.baselines import PathStart
 from captum_llm_ext.hooks import (
     LayerState,
     embedding_leaves,
@@ -22,7 +23,6 @@ from captum_llm_ext.hooks import (
     tracing,
     writing,
 )
-from captum_llm_ext.inputs import PathStart
 from captum_llm_ext.layers import Site, decoder_blocks
 from captum_llm_ext.methods import NORMS, PathRule, PointRule, Rule
 from captum_llm_ext.model_pass import Pass, TargetSpan, TeacherForcing

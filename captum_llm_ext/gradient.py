@@ -18,6 +18,7 @@ from captum_llm_ext.assemble import (
     single_result,
     warn_unless_converged,
 )
+from captum_llm_ext.baselines import BaselineSpec, PathStart, path_start
 from captum_llm_ext.checks import check_context, check_ids, is_causal, warn_of_dropout
 from captum_llm_ext.compat import (
     CaptumLLMGradientAttribution,
@@ -27,7 +28,7 @@ from captum_llm_ext.compat import (
 )
 from captum_llm_ext.differentiate import LayerTotal, Plan, attribute_layers
 from captum_llm_ext.hooks import embeddings, frozen_parameters
-from captum_llm_ext.inputs import BaselineSpec, Features, PathStart, path_start, read_features
+from captum_llm_ext.inputs import Features, read_features
 from captum_llm_ext.layers import Site, resolve_sites
 from captum_llm_ext.methods import RULES, PathRule, Rule, is_random, read_rule
 from captum_llm_ext.model_pass import TeacherForcing

@@ -1,0 +1,117 @@
+"""Baselines: what stands in place of an absent feature, as token ids or as embeddings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from captum_llm_ext.compat import InterpretableInput
+from captum_llm_ext.hooks import embeddings
+
+SPECIAL_BASELINES = ("pad", "eos", "unk")
+EMBEDDING_BASELINES = ("zero", "mean")
+
+BaselineSpec = int | str | Tensor | None
+
+
+@dataclass(frozen=True)
+class PathStart:
+    """Where a path starts: ids (1, length), and embeddings where no token id stands for them.
+
+    embeddings: (length, hidden) for the positions in `replaced` (length,), or None.
+    """
+
+    ids: Tensor
+    replaced: Tensor
+    embeddings: Tensor | None = None
+
+
+def path_start(
+    baselines: BaselineSpec,
+    inp: InterpretableInput,
+    ids: Tensor,
+    replaced: Tensor,
+    model: nn.Module,
+) -> PathStart:
+    """The start of the path, with the `replaced` positions (length,) of `ids` (1, length) absent.
+
+    `baselines` None is the input's own baseline.
+    """
+    tokenizer = getattr(inp, "tokenizer", None)
+    if baselines is None:
+        baselines = getattr(inp, "baselines", 0)
+    if isinstance(baselines, str) and baselines not in EMBEDDING_BASELINES:
+        baselines = token_id(baselines, tokenizer)
+    if isinstance(baselines, int):
+        _check_id(baselines, model)
+        return PathStart(torch.where(replaced, baselines, ids), replaced)
+    if isinstance(baselines, Tensor) and not baselines.is_floating_point():
+        values = _per_position(baselines.long().to(ids.device), replaced, 0)
+        return PathStart(torch.where(replaced, values, ids), replaced)
+    if isinstance(baselines, str):
+        baselines = _named_embedding(baselines, model)
+    if not isinstance(baselines, Tensor):
+        raise TypeError(
+            "baselines must be a token id, a token string, 'pad', 'eos', 'unk', 'zero', 'mean', "
+            f"a tensor or None; got {type(baselines).__name__}"
+        )
+    return PathStart(ids, replaced, _per_position(baselines.to(ids.device), replaced, 1))
+
+
+def token_id(name: str, tokenizer: Any) -> int:
+    """The id of a token string, or of the special token that "pad", "eos" or "unk" names."""
+    if name in SPECIAL_BASELINES:
+        found = getattr(tokenizer, f"{name}_token_id", None)
+        if found is None:
+            raise ValueError(
+                f"the tokenizer has no {name} token: set tokenizer.{name}_token or choose another"
+            )
+        return int(found)
+    found = tokenizer.convert_tokens_to_ids([name])[0]
+    unknown = getattr(tokenizer, "unk_token", None)
+    if found is None or (found == getattr(tokenizer, "unk_token_id", None) and name != unknown):
+        raise ValueError(
+            f"{name!r} is not a token of the vocabulary: expected a token id or string, and as a "
+            f"baseline also one of {', '.join(SPECIAL_BASELINES + EMBEDDING_BASELINES)}"
+        )
+    return int(found)
+
+
+def _check_id(token: int, model: nn.Module) -> None:
+    size = getattr(next(iter(embeddings(model)), None), "num_embeddings", None)
+    if token < 0 or (size is not None and token >= size):
+        raise ValueError(f"the baseline id must be in 0…{(size or 1) - 1}, got {token}")
+
+
+def _named_embedding(name: str, model: nn.Module) -> Tensor:
+    """The zero vector, or the mean of all token embeddings, (hidden,), as the model embeds them."""
+    embedding = next(iter(embeddings(model)))
+    weight: Tensor = embedding.weight  # type: ignore[assignment]
+    chunks = torch.arange(weight.size(0), device=weight.device).split(8192)
+    with torch.no_grad():
+        if name == "zero":
+            return torch.zeros_like(embedding(chunks[0][:1])[0].float())
+        total = torch.stack([embedding(chunk).float().sum(0) for chunk in chunks]).sum(0)
+    return total / weight.size(0)
+
+
+def _per_position(values: Tensor, replaced: Tensor, value_dims: int) -> Tensor:
+    """Values for every position, from one for all, one per position or one per replaced one."""
+    if values.dim() == value_dims + 2 and values.size(0) == 1:
+        values = values[0]
+    length, count = len(replaced), int(replaced.sum())
+    if values.dim() == value_dims:
+        return values.expand(length, *values.shape)
+    if values.dim() == value_dims + 1 and len(values) == length:
+        return values
+    if values.dim() == value_dims + 1 and len(values) == count:
+        full = values.new_zeros(length, *values.shape[1:])
+        full[replaced] = values
+        return full
+    raise ValueError(
+        f"a baseline tensor must hold one value, one per position ({length}) or one per feature "
+        f"position ({count}); got shape {tuple(values.shape)}"
+    )
