@@ -14,7 +14,9 @@ from captum_llm_ext.hooks import embeddings
 SPECIAL_BASELINES = ("pad", "eos", "unk")
 EMBEDDING_BASELINES = ("zero", "mean")
 
-BaselineSpec = int | str | Tensor | None
+NEAREST = "nearest"
+
+BaselineSpec = int | str | tuple[str, int] | Tensor | None
 
 
 @dataclass(frozen=True)
@@ -42,23 +44,72 @@ def path_start(
     """
     tokenizer = getattr(inp, "tokenizer", None)
     if baselines is None:
-        baselines = getattr(inp, "baselines", 0)
+        baselines = own_baseline(inp)
+    if not _is_embedding(baselines):
+        absent = baseline_ids(baselines, ids[0], replaced, tokenizer, model)
+        return PathStart(torch.where(replaced, absent, ids), replaced)
+    if isinstance(baselines, str):
+        baselines = _named_embedding(baselines, model)
+    if not isinstance(baselines, Tensor):
+        raise TypeError(f"expected a tensor of embeddings, got {type(baselines).__name__}")
+    return PathStart(ids, replaced, _per_position(baselines.to(ids.device), replaced, 1))
+
+
+def baseline_ids(
+    baselines: BaselineSpec, ids: Tensor, replaced: Tensor, tokenizer: Any, model: nn.Module
+) -> Tensor:
+    """The token id (length,) that stands for each of `ids` (length,) when it is absent.
+
+    Only those in `replaced` (length,) count. Raises ValueError for a baseline that is no token.
+    """
+    if nearest := _nearest_rank(baselines):
+        return nearest_ids(ids, nearest, model)
     if isinstance(baselines, str) and baselines not in EMBEDDING_BASELINES:
         baselines = token_id(baselines, tokenizer)
     if isinstance(baselines, int):
         _check_id(baselines, model)
-        return PathStart(torch.where(replaced, baselines, ids), replaced)
+        return torch.full_like(ids, baselines)
     if isinstance(baselines, Tensor) and not baselines.is_floating_point():
-        values = _per_position(baselines.long().to(ids.device), replaced, 0)
-        return PathStart(torch.where(replaced, values, ids), replaced)
-    if isinstance(baselines, str):
-        baselines = _named_embedding(baselines, model)
-    if not isinstance(baselines, Tensor):
-        raise TypeError(
-            "baselines must be a token id, a token string, 'pad', 'eos', 'unk', 'zero', 'mean', "
-            f"a tensor or None; got {type(baselines).__name__}"
-        )
-    return PathStart(ids, replaced, _per_position(baselines.to(ids.device), replaced, 1))
+        return _per_position(baselines.long().to(ids.device), replaced, 0)
+    kind = ValueError if _is_embedding(baselines) else TypeError
+    raise kind(
+        "expected a baseline of tokens (an id, a token string, 'pad', 'eos', 'unk', 'nearest' or a "
+        f"tensor of ids), or, for methods with gradients, of embeddings; got {baselines!r}"
+    )
+
+
+def nearest_ids(ids: Tensor, rank: int, model: nn.Module) -> Tensor:
+    """For each of `ids` (length,) the `rank`-th nearest other token by cosine of the embeddings."""
+    weight: Tensor = embeddings(model)[0].weight  # type: ignore[assignment]
+    if not 1 <= rank < len(weight):
+        raise ValueError(f"the rank of 'nearest' must be in 1…{len(weight) - 1}, got {rank}")
+    unit = torch.nn.functional.normalize(weight.detach().float(), dim=-1)
+    cosine = unit[ids] @ unit.T
+    cosine.scatter_(1, ids[:, None], -torch.inf)
+    return cosine.topk(rank).indices[:, -1]
+
+
+def needs_model(baselines: BaselineSpec) -> bool:
+    """Whether the model's embeddings are needed to know what the baseline is."""
+    return _is_embedding(baselines) or _nearest_rank(baselines) is not None
+
+
+def own_baseline(inp: InterpretableInput) -> BaselineSpec:
+    """The baseline that a token input was made with."""
+    named = getattr(inp, "named_baseline", None)
+    return getattr(inp, "baselines", 0) if named is None else named
+
+
+def _nearest_rank(baselines: BaselineSpec) -> int | None:
+    if isinstance(baselines, tuple) and len(baselines) == 2 and baselines[0] == NEAREST:
+        return baselines[1]
+    return 1 if isinstance(baselines, str) and baselines == NEAREST else None
+
+
+def _is_embedding(baselines: BaselineSpec) -> bool:
+    if isinstance(baselines, Tensor):
+        return baselines.is_floating_point()
+    return isinstance(baselines, str) and baselines in EMBEDDING_BASELINES
 
 
 def token_id(name: str, tokenizer: Any) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from captum_llm_ext.baselines import token_id
+from captum_llm_ext.baselines import BaselineSpec, needs_model, token_id
 from captum_llm_ext.compat import CaptumTextTokenInput, InterpretableInput
 
 
@@ -19,8 +19,9 @@ class TextTokenInput(CaptumTextTokenInput):
     Args:
         text: the prompt.
         tokenizer: the model's tokenizer.
-        baselines: id of the token that stands for an absent one, a token string, or "pad", "eos"
-            or "unk". Default: 0.
+        baselines: what stands for an absent token: a token id, a token string, "pad", "eos",
+            "unk", "nearest" (each token's nearest other one by cosine of the embeddings) or
+            ("nearest", n) for the n-th nearest; with gradients also "zero" and "mean". Default: 0.
         skip_tokens: ids or strings of tokens that are not features and are never replaced.
 
     Raises:
@@ -38,9 +39,12 @@ class TextTokenInput(CaptumTextTokenInput):
         self,
         text: str,
         tokenizer: Any,
-        baselines: int | str = 0,
+        baselines: int | str | tuple[str, int] = 0,
         skip_tokens: Sequence[int] | Sequence[str] | None = None,
     ) -> None:
+        self.named_baseline: BaselineSpec = None
+        if not isinstance(baselines, int) and needs_model(baselines):
+            self.named_baseline, baselines = baselines, 0
         baseline = token_id(baselines, tokenizer) if isinstance(baselines, str) else baselines
         skip = [token_id(t, tokenizer) if isinstance(t, str) else t for t in skip_tokens or ()]
         super().__init__(text, tokenizer, baseline, skip or None)
@@ -115,7 +119,7 @@ def _tokens_in_spans(text: str, spans: list[tuple[int, int]], tokenizer: Any) ->
     inp.inp_tensor = torch.tensor([encoded["input_ids"]])
     inp.itp_mask = torch.tensor([inside])
     inp.itp_tensor = inp.inp_tensor[inp.itp_mask].unsqueeze(0)
-    inp.skip_tokens, inp.tokenizer, inp.baselines = None, tokenizer, 0
+    inp.skip_tokens, inp.tokenizer, inp.baselines, inp.named_baseline = None, tokenizer, 0, None
     inp.values = tokenizer.convert_ids_to_tokens(inp.itp_tensor[0].tolist())
     inp.n_itp_features = len(inp.values)
     return inp
