@@ -21,6 +21,7 @@ from captum_llm_ext.inputs import TextTokenInput, chat_input
 from captum_llm_ext.layers import find_layers
 from captum_llm_ext.methods import LayerSaliency
 from captum_llm_ext.models import load_demo_model, load_model
+from captum_llm_ext.perturbation import LLMAttribution
 from captum_llm_ext.result import LLMAttributionResult, LLMLayerAttributionResult
 
 __version__ = "0.1.0"
@@ -28,6 +29,7 @@ __version__ = "0.1.0"
 __all__ = [
     "FeatureAblation",
     "KernelShap",
+    "LLMAttribution",
     "LLMAttributionResult",
     "LLMGradientAttribution",
     "LLMLayerAttributionResult",

@@ -84,9 +84,10 @@ def nearest_ids(ids: Tensor, rank: int, model: nn.Module) -> Tensor:
     if not 1 <= rank < len(weight):
         raise ValueError(f"the rank of 'nearest' must be in 1…{len(weight) - 1}, got {rank}")
     unit = torch.nn.functional.normalize(weight.detach().float(), dim=-1)
-    cosine = unit[ids] @ unit.T
-    cosine.scatter_(1, ids[:, None], -torch.inf)
-    return cosine.topk(rank).indices[:, -1]
+    index = ids.to(unit.device)
+    cosine = unit[index] @ unit.T
+    cosine.scatter_(1, index[:, None], -torch.inf)
+    return cosine.topk(rank).indices[:, -1].to(ids.device)
 
 
 def needs_model(baselines: BaselineSpec) -> bool:

@@ -34,6 +34,7 @@ from captum_llm_ext.methods import RULES, PathRule, Rule, is_random, read_rule
 from captum_llm_ext.model_pass import TeacherForcing
 from captum_llm_ext.result import LLMAttributionResult
 from captum_llm_ext.targets import (
+    GRADIENT_TARGETS,
     Target,
     check_attr_target,
     contrast_ids,
@@ -85,7 +86,7 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
             names = ", ".join(kind.__name__ for kind in self.SUPPORTED_METHODS)
             raise ValueError(f"expected one of {names}; got {type(attr_method).__name__}")
         super().__init__(copy(attr_method), tokenizer)
-        self.attr_target = check_attr_target(attr_target)
+        self.attr_target = check_attr_target(attr_target, GRADIENT_TARGETS)
         # Found now, so that a layer that is not in the model is an error where it was written.
         self._sites, self._several = resolve_sites(self.model, attr_method.layer)  # type: ignore[attr-defined]
 

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from captum_llm_ext.baselines import BaselineSpec, needs_model, token_id
-from captum_llm_ext.compat import CaptumTextTokenInput, InterpretableInput
+from captum_llm_ext.baselines import (
+    BaselineSpec,
+    baseline_ids,
+    needs_model,
+    own_baseline,
+    token_id,
+)
+from captum_llm_ext.compat import CaptumTextTokenInput, InterpretableInput, TextTemplateInput
 
 
 class TextTokenInput(CaptumTextTokenInput):
@@ -123,6 +130,105 @@ def _tokens_in_spans(text: str, spans: list[tuple[int, int]], tokenizer: Any) ->
     inp.values = tokenizer.convert_ids_to_tokens(inp.itp_tensor[0].tolist())
     inp.n_itp_features = len(inp.values)
     return inp
+
+
+class _ReplacedTokens(CaptumTextTokenInput):
+    """A token input with a baseline id of its own for each feature."""
+
+    baseline_ids: Tensor
+
+    def to_model_input(self, perturbed_tensor: Tensor | None = None) -> Tensor:
+        if perturbed_tensor is None:
+            return self.inp_tensor
+        absent = perturbed_tensor.cpu() != 1
+        tokens = torch.where(absent, self.baseline_ids, self.itp_tensor)
+        if self.itp_mask is None:
+            return tokens
+        ids = self.inp_tensor.repeat(len(tokens), 1)
+        ids[self.itp_mask.expand_as(ids)] = tokens.flatten()
+        return ids
+
+
+def with_baselines(
+    inp: InterpretableInput, baselines: BaselineSpec, model: nn.Module
+) -> InterpretableInput:
+    """The input with other baselines, or with its own where the model is needed to know them."""
+    if not isinstance(inp, CaptumTextTokenInput):
+        if baselines is not None:
+            raise ValueError("the baselines of a template or an image belong to the input itself")
+        return inp
+    if baselines is None:
+        baselines = own_baseline(inp)
+    ids = inp.inp_tensor[0].long()
+    features = torch.ones_like(ids).bool() if inp.itp_mask is None else inp.itp_mask[0]
+    absent = baseline_ids(baselines, ids, features, inp.tokenizer, model)
+    replaced = _ReplacedTokens.__new__(_ReplacedTokens)
+    replaced.__dict__.update(inp.__dict__)
+    replaced.baseline_ids = absent[features][None]
+    return replaced
+
+
+def drawn(inp: InterpretableInput) -> InterpretableInput:
+    """The input with its callable baseline drawn once, so that all perturbations share it."""
+    if not (isinstance(inp, TextTemplateInput) and callable(inp.baselines)):
+        return inp
+    fixed = copy(inp)
+    baselines: Any = inp.baselines()
+    if inp.dict_keys:
+        _check_keys(baselines, inp.dict_keys, "baselines")
+        baselines = [baselines[key] for key in inp.dict_keys]
+    fixed.baselines = baselines
+    _check_count(baselines, inp, "baselines")
+    return fixed
+
+
+def check_template(inp: TextTemplateInput) -> None:
+    """Refuse baselines, a mask or a template that do not fit the values."""
+    for i, value in enumerate(inp.values):
+        if not isinstance(value, str):
+            raise ValueError(f"value {i} of the template must be a str, got {value!r}")
+    if not callable(inp.baselines):
+        _check_count(inp.baselines, inp, "baselines")
+    if inp.mask is not None:
+        _check_count(inp.mask, inp, "mask")
+    try:
+        text = inp.to_model_input()
+    except (KeyError, IndexError, ValueError) as error:
+        raise ValueError(
+            f"the template does not take the {len(inp.values)} values ({error!r}): it needs one "
+            "{} or {name} for each, and literal braces doubled, {{ and }}"
+        ) from error
+    if not isinstance(text, str):
+        raise ValueError(f"the template must give a str, got {type(text).__name__}")
+
+
+def prompt_ids(
+    inp: InterpretableInput, present: Tensor | None, tokenizer: Any, device: Any
+) -> Tensor:
+    """Token ids (n_prompt,) of the input with the features present in `present` (1, n_features)."""
+    model_input = inp.to_model_input(present)
+    if isinstance(model_input, str):
+        model_input = tokenizer.encode(model_input, return_tensors="pt")
+    ids = model_input[0].long().to(device, copy=True)
+    if ids.numel() == 0:
+        gone = "" if present is None else " once its features are replaced by their baselines"
+        raise ValueError(
+            f"the prompt is empty{gone}: keep some text in the template, give baselines that are "
+            "not empty, or use a tokenizer with a beginning-of-sequence token"
+        )
+    return ids
+
+
+def _check_count(given: Any, inp: TextTemplateInput, what: str) -> None:
+    if not isinstance(given, list) or len(given) != len(inp.values):
+        count = len(given) if isinstance(given, list) else repr(given)
+        raise ValueError(f"{what} must be a list of {len(inp.values)}, one per value; got {count}")
+
+
+def _check_keys(given: Any, keys: Sequence[str], what: str) -> None:
+    missing = [key for key in keys if not isinstance(given, Mapping) or key not in given]
+    if missing:
+        raise ValueError(f"{what} must be a dict with a value for each key; missing {missing}")
 
 
 @dataclass(frozen=True)

@@ -76,10 +76,9 @@ class TeacherForcing:
             return True
         span = TargetSpan(0, len(self.target))
         changed = self.run(_with_last_id_changed(self.ids), span)
-        log_p = replace(changed, target=replace(self.target, attr_target="log_prob"))
-        scores, tolerance = log_p.token_scores(), _tolerance(changed.logits.dtype)
+        scores = replace(changed, target=self.target.as_log_prob()).token_scores()
         difference = (scores[0] - scores[1])[:-1].abs().max()
-        return bool(difference <= tolerance * scores.abs().max().clamp(min=1))
+        return bool(difference <= tolerance(changed.logits.dtype) * scores.abs().max().clamp(min=1))
 
     def spans(self, per_token: bool, rows: int, causal: bool) -> list[TargetSpan]:
         """How to divide the target among passes.
@@ -181,5 +180,6 @@ def _with_last_id_changed(ids: Tensor) -> Tensor:
     return both
 
 
-def _tolerance(dtype: torch.dtype) -> float:
+def tolerance(dtype: torch.dtype) -> float:
+    """Relative difference of scores that the dtype alone explains."""
     return {torch.float64: 1e-9, torch.float32: 1e-4}.get(dtype, 5e-2)

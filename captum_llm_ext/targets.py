@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from captum_llm_ext.compat import DEFAULT_GEN_ARGS, _convert_ids_to_pretty_tokens
 
-ATTR_TARGETS = ("log_prob", "prob", "logit")
+GRADIENT_TARGETS = ("log_prob", "prob", "logit")
+PERTURBATION_TARGETS = (*GRADIENT_TARGETS, "rank")
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Target:
     """Target tokens and what is attributed of them.
 
     ids: (n_output,) token ids; contrast: (n_output,) token ids to compare with, or None;
-    attr_target: "log_prob", "prob" or "logit".
+    attr_target: "log_prob", "prob", "logit", or "rank" (minus how many tokens are likelier).
     """
 
     ids: Tensor
@@ -34,6 +35,10 @@ class Target:
     def is_additive(self) -> bool:
         """Whether the sequence score is the sum of the token scores."""
         return self.attr_target != "prob"
+
+    def as_log_prob(self) -> Target:
+        """The same tokens, scored by their log probability."""
+        return Target(self.ids)
 
     def token_scores(self, logits: Tensor, start: int, stop: int) -> Tensor:
         """Scores (rows, stop - start) of target tokens start…stop-1 from their logits."""
@@ -55,17 +60,17 @@ class Target:
         logits = logits.float()
         index = ids.to(logits.device).expand(logits.size(0), -1).unsqueeze(-1)
         chosen = logits.gather(-1, index).squeeze(-1)
+        if self.attr_target == "rank":
+            return -(logits > chosen.unsqueeze(-1)).sum(-1).float()
         return chosen if self.attr_target == "logit" else chosen - logits.logsumexp(-1)
 
     def _unit(self, values: Tensor) -> Tensor:
         return values.exp() if self.attr_target == "prob" else values
 
 
-def check_attr_target(attr_target: str) -> str:
-    if attr_target not in ATTR_TARGETS:
-        raise ValueError(
-            f"attr_target must be one of {', '.join(ATTR_TARGETS)}; got {attr_target!r}"
-        )
+def check_attr_target(attr_target: str, known: Sequence[str]) -> str:
+    if attr_target not in known:
+        raise ValueError(f"attr_target must be one of {', '.join(known)}; got {attr_target!r}")
     return attr_target
 
 

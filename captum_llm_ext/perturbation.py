@@ -1,0 +1,330 @@
+"""`LLMAttribution`: asks Captum's method which perturbations it wants, and scores them together."""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from captum.attr import KernelShap, Lime
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from captum_llm_ext.baselines import BaselineSpec
+from captum_llm_ext.checks import check_context, check_ids, is_causal, warn_of_dropout
+from captum_llm_ext.compat import (
+    CaptumLLMAttribution,
+    ImageMaskInput,
+    InterpretableInput,
+    PerturbationAttribution,
+    TextTemplateInput,
+)
+from captum_llm_ext.inputs import check_template, drawn, prompt_ids, with_baselines
+from captum_llm_ext.model_pass import TeacherForcing
+from captum_llm_ext.prompts import PromptScorer
+from captum_llm_ext.result import LLMAttributionResult
+from captum_llm_ext.targets import (
+    PERTURBATION_TARGETS,
+    Target,
+    check_attr_target,
+    contrast_ids,
+    output_tokens,
+    target_ids,
+)
+
+InspectForward = Callable[[str, str, list[float]], None]
+
+
+class LLMAttribution(CaptumLLMAttribution):
+    """Perturbation attribution of language models, right on transformers 5 and in batches.
+
+    A drop-in replacement for ``captum.attr.LLMAttribution``.
+
+    Args:
+        attr_method: `FeatureAblation`, `ShapleyValueSampling`, `ShapleyValues`, `Lime` or
+            `KernelShap` (Captum's classes), made with the model. Lime and KernelShap need
+            scikit-learn (the extra ``lime``) and give the sequence attribution alone.
+        tokenizer: the model's tokenizer.
+        attr_target: what is attributed of each target token: "log_prob" (natural logarithm, the
+            default), "prob", "logit" or "rank" (minus the number of likelier tokens, so that an
+            attribution is the rank displacement). The sequence score is the sum over target
+            tokens; for "prob" it is the product of the probabilities.
+
+    Raises:
+        ValueError: an unsupported method or an unknown `attr_target`.
+
+    Feature ablation and the wrapper: Miglani et al. 2023, https://arxiv.org/abs/2312.05491;
+    Shapley sampling: Castro et al. 2009; LIME: https://arxiv.org/abs/1602.04938; Kernel SHAP:
+    https://arxiv.org/abs/1705.07874.
+
+    Example::
+
+        >>> inp = TextTemplateInput("The capital of {} is", ["France"], baselines=["Japan"])
+        >>> result = LLMAttribution(FeatureAblation(model), tokenizer).attribute(inp, " Paris")
+        >>> result.token_attr.shape
+        torch.Size([1, 1])
+    """
+
+    def __init__(
+        self,
+        attr_method: PerturbationAttribution,
+        tokenizer: Any,
+        attr_target: str = "log_prob",
+    ) -> None:
+        if not isinstance(attr_method, self.SUPPORTED_METHODS):
+            names = ", ".join(kind.__name__ for kind in self.SUPPORTED_METHODS)
+            raise ValueError(f"expected one of {names}; got {type(attr_method).__name__}")
+        super().__init__(attr_method, tokenizer)
+        self.attr_target = check_attr_target(attr_target, PERTURBATION_TARGETS)
+
+    def attribute(
+        self,
+        inp: InterpretableInput,
+        target: str | Tensor | None = None,
+        num_trials: int = 1,
+        gen_args: dict[str, Any] | None = None,
+        use_cached_outputs: bool = True,
+        _inspect_forward: InspectForward | None = None,
+        forward_in_tokens: bool = True,
+        *,
+        baselines: BaselineSpec = None,
+        contrast_target: str | Tensor | None = None,
+        perturbations_per_eval: int = 1,
+        internal_batch_size: int | None = None,
+        reuse_prefix: bool = True,
+        remember: bool = True,
+        show_progress: bool = False,
+        **kwargs: Any,
+    ) -> LLMAttributionResult:
+        """Attribute the target's scores to the features of the input.
+
+        Args:
+            inp: a `TextTokenInput`, `TextTemplateInput` or `ImageMaskInput`.
+            target: a string (encoded without special tokens), a 1-D tensor of token ids, or None
+                to let the model generate it.
+            num_trials: average over so many trials; a callable baseline is drawn once in each.
+            gen_args: arguments of ``model.generate`` when `target` is None. Default: greedy, 25
+                new tokens.
+            use_cached_outputs, forward_in_tokens: accepted for Captum's sake; the result does not
+                depend on them.
+            _inspect_forward: called with (prompt, target, probabilities of the sequence and of
+                each token) for every perturbation that the method asks for.
+            baselines: for a token input, instead of its own: a token id, a token string, "pad",
+                "eos", "unk", "nearest", ("nearest", n) or a tensor of ids.
+            contrast_target: attribute score(target) − score(contrast) instead, at the same places
+                and after the target's own tokens; as many tokens as the target, or one.
+            perturbations_per_eval: accepted for Captum's sake; see `internal_batch_size`.
+            internal_batch_size: prompts per pass. Default: chosen by their length.
+            reuse_prefix: take what a prompt shares with the unperturbed one from the key/value
+                cache.
+            remember: score a prompt once, however often the method asks for it.
+            show_progress: show a progress bar.
+            **kwargs: the method's own, such as `n_samples`.
+
+        Returns:
+            An `LLMAttributionResult`: `seq_attr` (n_input,) and, but for Lime and KernelShap,
+            `token_attr` (n_output, n_input), in units of the score.
+
+        Raises:
+            ValueError: an argument that has no meaning; the message says what was expected.
+            ImportError: Lime or KernelShap without scikit-learn.
+        """
+        _check_counts(num_trials, perturbations_per_eval, internal_batch_size)
+        self._check_method(inp)
+        if isinstance(inp, ImageMaskInput):
+            if self.attr_target not in ("log_prob", "prob") or contrast_target is not None:
+                raise ValueError("an ImageMaskInput takes attr_target 'log_prob' or 'prob' alone")
+            return self._as_captum(inp, target, num_trials, gen_args, kwargs)
+        with torch.inference_mode(False), torch.no_grad():
+            warn_of_dropout(self.model)
+            if isinstance(inp, TextTemplateInput):
+                check_template(inp)
+            inp = with_baselines(inp, baselines, self.model)
+            scorer = self._scorer(inp, target, gen_args, contrast_target)
+            tokens = output_tokens(scorer.target.ids, self.tokenizer)
+            scorer.rows, scorer.reuse_prefix = internal_batch_size, reuse_prefix
+            known: dict[tuple[int, ...], Tensor] = {}
+            trials = []
+            for _ in range(num_trials):
+                asked = _Perturbations(
+                    drawn(inp), self.tokenizer, scorer, known if remember else {}
+                )
+                kwargs["perturbations_per_eval"] = perturbations_per_eval
+                self._collect(asked, kwargs)
+                asked.score(show_progress)
+                trials.append(self._attribute_once(asked, _inspect_forward, kwargs))
+            return self._result(torch.stack(trials).mean(0), inp, tokens)
+
+    def _as_captum(self, inp: ImageMaskInput, *args: Any) -> LLMAttributionResult:
+        """Captum's own path, one pass per perturbation, for inputs that are more than token ids."""
+        target, num_trials, gen_args, kwargs = args
+        result = super().attribute(
+            inp, target, num_trials, gen_args, False, None, forward_in_tokens=False, **kwargs
+        )
+        return LLMAttributionResult(
+            seq_attr=result.seq_attr,
+            token_attr=result.token_attr,
+            input_tokens=result.input_tokens,
+            output_tokens=result.output_tokens,
+            inp=inp,
+        )
+
+    def _check_method(self, inp: InterpretableInput) -> None:
+        name = type(self.attr_method).__name__
+        if not isinstance(inp, self.SUPPORTED_INPUTS):
+            kinds = ", ".join(kind.__name__ for kind in self.SUPPORTED_INPUTS)
+            raise ValueError(f"expected one of {kinds}; got {type(inp).__name__}")
+        if isinstance(self.attr_method, Lime) and importlib.util.find_spec("sklearn") is None:
+            raise ImportError(
+                f"{name} needs scikit-learn: pip install 'captum-llm-ext[lime]'", name="sklearn"
+            )
+        if isinstance(self.attr_method, KernelShap) and inp.n_itp_features < 2:
+            raise ValueError(f"{name} needs at least 2 features, got {inp.n_itp_features}")
+
+    def _scorer(
+        self,
+        inp: InterpretableInput,
+        target: str | Tensor | None,
+        gen_args: dict[str, Any] | None,
+        contrast_target: str | Tensor | None,
+    ) -> PromptScorer:
+        prompt = prompt_ids(inp, None, self.tokenizer, self.device)
+        model_inputs = {"input_ids": prompt[None]}
+        ids = target_ids(self.model, self.tokenizer, model_inputs, target, gen_args)
+        ids = ids.to(prompt.device, copy=True)
+        contrast = contrast_ids(self.tokenizer, contrast_target, len(ids))
+        contrast = None if contrast is None else contrast.to(prompt.device, copy=True)
+        asked = Target(ids, self.attr_target, contrast)
+        forcing = TeacherForcing(self.model, prompt[None], asked)
+        check_ids(forcing)
+        check_context(forcing)
+        return PromptScorer(self.model, prompt, asked, is_causal(forcing))
+
+    def _collect(self, asked: _Perturbations, kwargs: dict[str, Any]) -> None:
+        """Let the method run on scores of zero, to learn which perturbations it wants.
+
+        They do not depend on the scores, and the random state is put back, so that it wants the
+        same ones when it runs in earnest.
+        """
+        width = 1 + len(asked.scorer.target) if self.include_per_token_attr else None
+
+        def zeros(rows: Tensor) -> Tensor:
+            asked.add(rows)
+            return torch.zeros((len(rows), width) if width else len(rows), device=rows.device)
+
+        with _same_random_state():
+            self._run(zeros, asked.inp, kwargs)
+
+    def _attribute_once(
+        self, asked: _Perturbations, inspect: InspectForward | None, kwargs: dict[str, Any]
+    ) -> Tensor:
+        """Attributions (1 + n_output or 1, n_features) of one trial."""
+
+        def scores(rows: Tensor) -> Tensor:
+            found = [asked.found(row) for row in rows]
+            if inspect is not None:
+                self._inspect(inspect, asked, rows, found)
+            asked_for = torch.stack([one[0] for one in found]).to(rows.device)
+            return asked_for if self.include_per_token_attr else asked_for[:, 0]
+
+        attr = self._run(scores, asked.inp, kwargs)
+        return attr.detach().float().reshape(-1, asked.inp.n_itp_features)
+
+    def _run(self, forward: Callable[[Tensor], Tensor], inp: Any, kwargs: dict[str, Any]) -> Tensor:
+        method = copy(self.attr_method)
+        method.forward_func = forward
+        result: Tensor = method.attribute(inp.to_tensor().to(self.device), **kwargs)
+        return result
+
+    def _inspect(
+        self, inspect: InspectForward, asked: _Perturbations, rows: Tensor, found: list[Tensor]
+    ) -> None:
+        response = self.tokenizer.decode(asked.scorer.target.ids)
+        for row, one in zip(rows, found, strict=True):
+            probabilities = one[1].exp().tolist()
+            kept = probabilities if self.include_per_token_attr else probabilities[:1]
+            inspect(self.tokenizer.decode(asked.prompt(row)), response, kept)
+
+    def _result(
+        self, attr: Tensor, inp: InterpretableInput, tokens: list[str]
+    ) -> LLMAttributionResult:
+        attr = inp.format_attr(attr)
+        return LLMAttributionResult(
+            seq_attr=attr[0],
+            token_attr=attr[1:] if self.include_per_token_attr else None,
+            input_tokens=list(inp.values),
+            output_tokens=tokens,
+            inp=inp,
+        )
+
+
+@dataclass
+class _Perturbations:
+    """The perturbed prompts of a trial, by which features are present, and their scores."""
+
+    inp: InterpretableInput
+    tokenizer: Any
+    scorer: PromptScorer
+    known: dict[tuple[int, ...], Tensor]
+    _prompts: dict[tuple[bool, ...], Tensor] = field(default_factory=dict)
+
+    def prompt(self, row: Tensor) -> Tensor:
+        """The ids (n_prompt,) of the prompt with the features that `row` (n_features,) has."""
+        present = tuple((row == 1).tolist())
+        if present not in self._prompts:
+            device = self.scorer.reference.device
+            self._prompts[present] = prompt_ids(self.inp, row[None], self.tokenizer, device)
+        return self._prompts[present]
+
+    def add(self, rows: Tensor) -> None:
+        for row in rows:
+            self.prompt(row)
+
+    def score(self, show_progress: bool = False) -> None:
+        """Score all prompts that have no score yet, each once."""
+        new = {_key(p): p for p in self._prompts.values() if _key(p) not in self.known}
+        if not new:
+            return
+        with tqdm(total=len(new), disable=not show_progress, desc="prompts") as bar:
+            self.scorer.advance = bar.update
+            self.known.update(zip(new, self.scorer.scores(list(new.values())), strict=True))
+
+    def found(self, row: Tensor) -> Tensor:
+        """(2, 1 + n_output): scores and log probabilities; scored now if it was not foreseen."""
+        key = _key(self.prompt(row))
+        if key not in self.known:
+            self.score()
+        return self.known[key]
+
+
+def _key(prompt: Tensor) -> tuple[int, ...]:
+    return tuple(prompt.tolist())
+
+
+@contextmanager
+def _same_random_state() -> Iterator[None]:
+    """What is drawn inside is drawn again afterwards: by torch, numpy and Python."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+def _check_counts(num_trials: int, per_eval: int, batch: int | None) -> None:
+    counts: Sequence[tuple[str, int | None]] = (
+        ("num_trials", num_trials),
+        ("perturbations_per_eval", per_eval),
+        ("internal_batch_size", batch),
+    )
+    for name, count in counts:
+        if count is not None and (isinstance(count, bool) or count < 1):
+            raise ValueError(f"{name} must be at least 1, got {count}")
