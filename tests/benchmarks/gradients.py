@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import captum.attr
@@ -24,10 +23,10 @@ from captum_llm_ext import (
     load_demo_model,
 )
 from tests.benchmarks.measure import (
-    compare,
     in_own_process,
     peak_above_now,
     print_table,
+    time_row,
     write_results,
 )
 
@@ -58,19 +57,6 @@ class Workload:
     def one_layer_at_a_time(self) -> None:
         for layer in self.layers.values():
             self.gradient_x_activation(captum.attr.LLMGradientAttribution, layer)
-
-
-def time_row(what: str, bar: float, ours: Callable[[], Any], theirs: Callable[[], Any]) -> Any:
-    figures = compare(ours, theirs)
-    ratio = figures["ratio"]
-    return {
-        "what": what,
-        "ours": f"{figures['ours_s']:.2f} s",
-        "captum": f"{figures['captum_s']:.2f} s",
-        "ratio": ratio,
-        "bar": f">= {bar:g}",
-        "met": ratio >= bar,
-    }
 
 
 def memory_row() -> Any:

@@ -38,6 +38,22 @@ def compare(
     }
 
 
+def time_row(
+    what: str, bar: float, ours: Callable[[], Any], theirs: Callable[[], Any]
+) -> dict[str, Any]:
+    """A row of the table: how many times faster ours is, and whether that meets the bar."""
+    figures = compare(ours, theirs)
+    ratio = figures["ratio"]
+    return {
+        "what": what,
+        "ours": f"{figures['ours_s']:.2f} s",
+        "captum": f"{figures['captum_s']:.2f} s",
+        "ratio": ratio,
+        "bar": f">= {bar:g}",
+        "met": ratio >= bar,
+    }
+
+
 def megabytes(field: str = "VmRSS") -> float:
     """Memory of this process now ("VmRSS") or at its peak ("VmHWM"), Linux only."""
     status = Path("/proc/self/status").read_text().splitlines()
