@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 
 import torch
 from torch import nn
 
 from captum_llm_ext.hooks import embeddings, evaluating
-from captum_llm_ext.model_pass import TeacherForcing
-
-logger = logging.getLogger(__name__)
+from captum_llm_ext.model_pass import Pass, TeacherForcing
 
 
 def check_ids(forcing: TeacherForcing) -> None:
@@ -50,11 +47,16 @@ def warn_of_dropout(model: nn.Module) -> None:
         )
 
 
-def is_causal(forcing: TeacherForcing) -> bool:
+def probed(forcing: TeacherForcing, use_cache: bool = False) -> Pass:
+    """The pass that tells whether the model is causal; dropout would look as if it were not."""
+    with evaluating(forcing.model):
+        return forcing.probe(use_cache)
+
+
+def check_causal(forcing: TeacherForcing, probe: Pass) -> bool:
     """Whether one pass can score all target tokens; says so when it cannot."""
-    with evaluating(forcing.model):  # dropout would look like an effect of the later token
-        if forcing.is_causal():
-            return True
+    if probe.is_causal():
+        return True
     if not forcing.target.is_additive:
         raise ValueError(
             "attr_target='prob' needs a causal model for a target of several tokens, and here "
@@ -66,6 +68,14 @@ def is_causal(forcing: TeacherForcing) -> bool:
         stacklevel=3,
     )
     return False
+
+
+def check_counts(**counts: int | None) -> None:
+    """Refuse counts that are not whole numbers of at least 1; None is the default."""
+    for name, count in counts.items():
+        whole = isinstance(count, int) and not isinstance(count, bool)
+        if count is not None and not (whole and count >= 1):
+            raise ValueError(f"{name} must be an int of at least 1, got {count!r}")
 
 
 def _drops(module: nn.Module) -> bool:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from captum._utils.gradient import compute_layer_gradients_and_eval
+from captum.attr._core.lime import default_perturb_func
 from captum.attr._core.llm_attr import (
     DEFAULT_GEN_ARGS,
     BaseLLMAttribution,
@@ -55,4 +56,5 @@ __all__ = [
     "_convert_ids_to_pretty_tokens",
     "approximation_parameters",
     "compute_layer_gradients_and_eval",
+    "default_perturb_func",
 ]

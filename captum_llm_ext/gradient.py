@@ -19,7 +19,14 @@ from captum_llm_ext.assemble import (
     warn_unless_converged,
 )
 from captum_llm_ext.baselines import BaselineSpec, PathStart, path_start
-from captum_llm_ext.checks import check_context, check_ids, is_causal, warn_of_dropout
+from captum_llm_ext.checks import (
+    check_causal,
+    check_context,
+    check_counts,
+    check_ids,
+    probed,
+    warn_of_dropout,
+)
 from captum_llm_ext.compat import (
     CaptumLLMGradientAttribution,
     CaptumTextTokenInput,
@@ -31,7 +38,7 @@ from captum_llm_ext.hooks import embeddings, frozen_parameters
 from captum_llm_ext.inputs import Features, read_features
 from captum_llm_ext.layers import Site, resolve_sites
 from captum_llm_ext.methods import RULES, PathRule, Rule, is_random, read_rule
-from captum_llm_ext.model_pass import TeacherForcing
+from captum_llm_ext.model_pass import TeacherForcing, tokens_per_pass
 from captum_llm_ext.result import LLMAttributionResult
 from captum_llm_ext.targets import (
     GRADIENT_TARGETS,
@@ -43,8 +50,6 @@ from captum_llm_ext.targets import (
 )
 
 LAYER_MODES = ("independent", "joint")
-TOKENS_PER_PASS = {"cpu": 512}  # past this a processor gains nothing from larger batches
-TOKENS_PER_PASS_ELSEWHERE = 2048
 
 
 class LLMGradientAttribution(CaptumLLMGradientAttribution):
@@ -172,7 +177,7 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
                 joint=layer_mode == "joint",
                 keep_hidden=include_hidden_attr,
                 rows=internal_batch_size or _rows(forcing, rule),
-                causal=is_causal(forcing),
+                causal=check_causal(forcing, probed(forcing)),
                 grad_kwargs=grad_kwargs or {},
             )
             sites = [replace(site, at_input=attribute_to_layer_input) for site in self._sites]
@@ -276,15 +281,12 @@ def _differentiable(model: torch.nn.Module) -> Iterator[None]:
 def _check_choices(layer_mode: str, num_trials: int, internal_batch_size: int | None) -> None:
     if layer_mode not in LAYER_MODES:
         raise ValueError(f"layer_mode must be one of {', '.join(LAYER_MODES)}; got {layer_mode!r}")
-    if num_trials < 1:
-        raise ValueError(f"num_trials must be at least 1, got {num_trials}")
-    if internal_batch_size is not None and internal_batch_size < 1:
-        raise ValueError(f"internal_batch_size must be at least 1, got {internal_batch_size}")
+    check_counts(num_trials=num_trials, internal_batch_size=internal_batch_size)
 
 
 def _rows(forcing: TeacherForcing, rule: Rule) -> int:
     """Path points per pass, for as many tokens as the device works on well at once."""
     if not isinstance(rule, PathRule):
         return 1
-    tokens = TOKENS_PER_PASS.get(forcing.ids.device.type, TOKENS_PER_PASS_ELSEWHERE)
-    return min(len(rule.points), max(1, tokens // forcing.ids.size(1)))
+    fitting = tokens_per_pass(forcing.ids.device) // forcing.ids.size(1)
+    return min(len(rule.points), max(1, fitting))

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
-import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -15,12 +13,14 @@ from torch import Tensor, nn
 
 from captum_llm_ext.hooks import HeadInput, output_head, split_at_head
 from captum_llm_ext.layers import Site
+from captum_llm_ext.prefix_cache import accepts
 from captum_llm_ext.targets import Target
 
-logger = logging.getLogger(__name__)
-
 # What a pass costs besides its tokens, in tokens: every pass reads all the weights once.
-PASS_OVERHEAD = 64
+PASS_OVERHEAD = 40
+# Tokens per pass past which a device gains nothing from larger batches.
+TOKENS_PER_PASS = {"cpu": 512}
+TOKENS_PER_PASS_ELSEWHERE = 2048
 
 
 @dataclass(frozen=True)
@@ -54,31 +54,34 @@ class TeacherForcing:
     def length(self, span: TargetSpan) -> int:
         return self.n_prompt + span.stop - 1
 
-    def run(self, ids: Tensor, span: TargetSpan, sites: Sequence[Site] = ()) -> Pass:
+    def run(
+        self,
+        ids: Tensor,
+        span: TargetSpan,
+        sites: Sequence[Site] = (),
+        use_cache: bool = False,
+    ) -> Pass:
         """Run the model on rows of ids; the gradients of `sites` are to be taken, if any."""
-        options = _forward_options(self.model, len(span))
+        # Logits over the vocabulary are dear, so only at the positions that are scored.
+        wanted = {"use_cache": use_cache, "logits_to_keep": len(span)}
+        options = {name: value for name, value in wanted.items() if accepts(self.model, name)}
         with split_at_head(self.model, keep_graph=_reach_head(self.model, sites)) as head:
             output = self.model(ids[:, : self.length(span)], **options)
-        logits = getattr(output, "logits", None)
-        if not isinstance(logits, Tensor):
-            raise ValueError(
-                f"expected {type(self.model).__name__} to return an object with .logits, "
-                f"got {type(output).__name__}"
-            )
-        if logits.dim() == 4:  # Llama4: (rows, 1, sequence, vocabulary)
-            logits = logits[:, 0]
-        return Pass(self.target, span, logits[:, -len(span) :], head)
+        cache = getattr(output, "past_key_values", None) if use_cache else None
+        return Pass(self.target, span, read_logits(output)[:, -len(span) :], head, cache)
 
     @torch.no_grad()
-    def is_causal(self) -> bool:
-        """Whether a later target token leaves all earlier scores alone, found by changing one."""
-        if len(self.target) == 1:
-            return True
+    def probe(self, use_cache: bool = False) -> Pass:
+        """Row 0: the target as it is. Row 1, if it has two tokens: the last one fed changed.
+
+        Two passes of one row, since not every model takes two rows.
+        """
         span = TargetSpan(0, len(self.target))
+        own = self.run(self.ids, span, use_cache=use_cache)
+        if len(self.target) == 1:
+            return own
         changed = self.run(_with_last_id_changed(self.ids), span)
-        scores = replace(changed, target=self.target.as_log_prob()).token_scores()
-        difference = (scores[0] - scores[1])[:-1].abs().max()
-        return bool(difference <= tolerance(changed.logits.dtype) * scores.abs().max().clamp(min=1))
+        return replace(own, logits=torch.cat([own.logits, changed.logits]))
 
     def spans(self, per_token: bool, rows: int, causal: bool) -> list[TargetSpan]:
         """How to divide the target among passes.
@@ -107,7 +110,8 @@ class Pass:
     target: Target
     span: TargetSpan
     logits: Tensor
-    head: HeadInput
+    head: HeadInput = field(default_factory=HeadInput)
+    cache: Any = None
 
     def token_scores(self) -> Tensor:
         """Scores (rows, len(span)) of the span's tokens."""
@@ -116,6 +120,14 @@ class Pass:
     def sequence_score(self) -> Tensor:
         """Score (rows,) of the span's tokens together."""
         return self.target.sequence_score(self.logits, self.span.start, self.span.stop)
+
+    def is_causal(self) -> bool:
+        """Of a probe: whether changing a later target token leaves all earlier scores alone."""
+        scores = replace(self, target=self.target.as_log_prob()).token_scores()
+        if len(scores) == 1:
+            return True
+        difference = (scores[0] - scores[1])[:-1].abs().max()
+        return bool(difference <= tolerance(self.logits.dtype) * scores.abs().max().clamp(min=1))
 
     def gradients(
         self, wrt: Sequence[Tensor], per_token: bool, **options: Any
@@ -166,20 +178,26 @@ def _even_spans(n_output: int, count: int) -> list[TargetSpan]:
     return [TargetSpan(start, stop) for start, stop in pairwise(edges)]
 
 
-def _forward_options(model: nn.Module, n_scores: int) -> dict[str, Any]:
-    """What the model's forward understands of: no cache, and logits at the last positions only."""
-    wanted = {"use_cache": False, "logits_to_keep": n_scores}
-    accepted = inspect.signature(model.forward).parameters
-    return {name: value for name, value in wanted.items() if name in accepted}
-
-
 def _with_last_id_changed(ids: Tensor) -> Tensor:
-    """Two rows: the ids, and the ids with another last token."""
-    both = ids.repeat(2, 1)
-    both[1, -1] = torch.where(both[1, -1] > 0, both[1, -1] - 1, both[1, -1] + 1)
-    return both
+    changed = ids.clone()
+    changed[0, -1] += torch.where(changed[0, -1] > 0, -1, 1)
+    return changed
 
 
 def tolerance(dtype: torch.dtype) -> float:
     """Relative difference of scores that the dtype alone explains."""
     return {torch.float64: 1e-9, torch.float32: 1e-4}.get(dtype, 5e-2)
+
+
+def read_logits(output: Any) -> Tensor:
+    """The logits (rows, length, vocabulary) of a model's output."""
+    logits = getattr(output, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise ValueError(
+            f"expected the model to return an object with .logits, got {type(output).__name__}"
+        )
+    return logits[:, 0] if logits.dim() == 4 else logits  # Llama4: (rows, 1, length, vocabulary)
+
+
+def tokens_per_pass(device: torch.device) -> int:
+    return TOKENS_PER_PASS.get(device.type, TOKENS_PER_PASS_ELSEWHERE)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,16 +17,25 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from captum_llm_ext.baselines import BaselineSpec
-from captum_llm_ext.checks import check_context, check_ids, is_causal, warn_of_dropout
+from captum_llm_ext.checks import (
+    check_causal,
+    check_context,
+    check_counts,
+    check_ids,
+    probed,
+    warn_of_dropout,
+)
 from captum_llm_ext.compat import (
     CaptumLLMAttribution,
     ImageMaskInput,
     InterpretableInput,
     PerturbationAttribution,
     TextTemplateInput,
+    default_perturb_func,
 )
 from captum_llm_ext.inputs import check_template, drawn, prompt_ids, with_baselines
 from captum_llm_ext.model_pass import TeacherForcing
+from captum_llm_ext.prefix_cache import keeps_cache
 from captum_llm_ext.prompts import PromptScorer
 from captum_llm_ext.result import LLMAttributionResult
 from captum_llm_ext.targets import (
@@ -98,7 +107,6 @@ class LLMAttribution(CaptumLLMAttribution):
         perturbations_per_eval: int = 1,
         internal_batch_size: int | None = None,
         reuse_prefix: bool = True,
-        remember: bool = True,
         show_progress: bool = False,
         **kwargs: Any,
     ) -> LLMAttributionResult:
@@ -123,7 +131,6 @@ class LLMAttribution(CaptumLLMAttribution):
             internal_batch_size: prompts per pass. Default: chosen by their length.
             reuse_prefix: take what a prompt shares with the unperturbed one from the key/value
                 cache.
-            remember: score a prompt once, however often the method asks for it.
             show_progress: show a progress bar.
             **kwargs: the method's own, such as `n_samples`.
 
@@ -135,38 +142,51 @@ class LLMAttribution(CaptumLLMAttribution):
             ValueError: an argument that has no meaning; the message says what was expected.
             ImportError: Lime or KernelShap without scikit-learn.
         """
-        _check_counts(num_trials, perturbations_per_eval, internal_batch_size)
+        check_counts(
+            num_trials=num_trials,
+            perturbations_per_eval=perturbations_per_eval,
+            internal_batch_size=internal_batch_size,
+            n_samples=kwargs.get("n_samples"),
+        )
         self._check_method(inp)
         if isinstance(inp, ImageMaskInput):
             if self.attr_target not in ("log_prob", "prob") or contrast_target is not None:
                 raise ValueError("an ImageMaskInput takes attr_target 'log_prob' or 'prob' alone")
-            return self._as_captum(inp, target, num_trials, gen_args, kwargs)
+            by_token = _inspect_forward is not None  # Captum inspects on that path alone
+            return self._as_captum(
+                inp,
+                target,
+                num_trials,
+                gen_args,
+                use_cached_outputs=False,
+                _inspect_forward=_inspect_forward,
+                forward_in_tokens=by_token,
+                **kwargs,
+            )
         with torch.inference_mode(False), torch.no_grad():
             warn_of_dropout(self.model)
             if isinstance(inp, TextTemplateInput):
                 check_template(inp)
             inp = with_baselines(inp, baselines, self.model)
-            scorer = self._scorer(inp, target, gen_args, contrast_target)
-            tokens = output_tokens(scorer.target.ids, self.tokenizer)
-            scorer.rows, scorer.reuse_prefix = internal_batch_size, reuse_prefix
+            forcing = self._teacher_forcing(inp, target, gen_args, contrast_target)
+            tokens = output_tokens(forcing.target.ids, self.tokenizer)
+            probe = probed(forcing, use_cache=reuse_prefix and keeps_cache(self.model))
+            causal = check_causal(forcing, probe)
+            scorer = PromptScorer(forcing, probe, causal, internal_batch_size)
+            kwargs["perturbations_per_eval"] = perturbations_per_eval
             known: dict[tuple[int, ...], Tensor] = {}
             trials = []
             for _ in range(num_trials):
-                asked = _Perturbations(
-                    drawn(inp), self.tokenizer, scorer, known if remember else {}
-                )
-                kwargs["perturbations_per_eval"] = perturbations_per_eval
-                self._collect(asked, kwargs)
-                asked.score(show_progress)
+                asked = _Perturbations(drawn(inp), self.tokenizer, scorer, known)
+                if self._repeats_itself():
+                    self._collect(asked, kwargs)
+                    asked.score(show_progress)
                 trials.append(self._attribute_once(asked, _inspect_forward, kwargs))
             return self._result(torch.stack(trials).mean(0), inp, tokens)
 
-    def _as_captum(self, inp: ImageMaskInput, *args: Any) -> LLMAttributionResult:
+    def _as_captum(self, inp: ImageMaskInput, *args: Any, **kwargs: Any) -> LLMAttributionResult:
         """Captum's own path, one pass per perturbation, for inputs that are more than token ids."""
-        target, num_trials, gen_args, kwargs = args
-        result = super().attribute(
-            inp, target, num_trials, gen_args, False, None, forward_in_tokens=False, **kwargs
-        )
+        result = super().attribute(inp, *args, **kwargs)
         return LLMAttributionResult(
             seq_attr=result.seq_attr,
             token_attr=result.token_attr,
@@ -180,6 +200,8 @@ class LLMAttribution(CaptumLLMAttribution):
         if not isinstance(inp, self.SUPPORTED_INPUTS):
             kinds = ", ".join(kind.__name__ for kind in self.SUPPORTED_INPUTS)
             raise ValueError(f"expected one of {kinds}; got {type(inp).__name__}")
+        if inp.n_itp_features == 0:
+            raise ValueError("the input has no features: all its tokens are skipped")
         if isinstance(self.attr_method, Lime) and importlib.util.find_spec("sklearn") is None:
             raise ImportError(
                 f"{name} needs scikit-learn: pip install 'captum-llm-ext[lime]'", name="sklearn"
@@ -187,13 +209,13 @@ class LLMAttribution(CaptumLLMAttribution):
         if isinstance(self.attr_method, KernelShap) and inp.n_itp_features < 2:
             raise ValueError(f"{name} needs at least 2 features, got {inp.n_itp_features}")
 
-    def _scorer(
+    def _teacher_forcing(
         self,
         inp: InterpretableInput,
         target: str | Tensor | None,
         gen_args: dict[str, Any] | None,
         contrast_target: str | Tensor | None,
-    ) -> PromptScorer:
+    ) -> TeacherForcing:
         prompt = prompt_ids(inp, None, self.tokenizer, self.device)
         model_inputs = {"input_ids": prompt[None]}
         ids = target_ids(self.model, self.tokenizer, model_inputs, target, gen_args)
@@ -204,7 +226,12 @@ class LLMAttribution(CaptumLLMAttribution):
         forcing = TeacherForcing(self.model, prompt[None], asked)
         check_ids(forcing)
         check_context(forcing)
-        return PromptScorer(self.model, prompt, asked, is_causal(forcing))
+        return forcing
+
+    def _repeats_itself(self) -> bool:
+        """Whether the method draws from the global random state alone, and so can run twice."""
+        own_draws = getattr(self.attr_method, "perturb_func", None)
+        return isinstance(self.attr_method, KernelShap) or own_draws in (None, default_perturb_func)
 
     def _collect(self, asked: _Perturbations, kwargs: dict[str, Any]) -> None:
         """Let the method run on scores of zero, to learn which perturbations it wants.
@@ -291,6 +318,8 @@ class _Perturbations:
         new = {_key(p): p for p in self._prompts.values() if _key(p) not in self.known}
         if not new:
             return
+        longest = max(new.values(), key=len)
+        check_context(replace(self.scorer.forcing, prompt_ids=longest[None]))
         with tqdm(total=len(new), disable=not show_progress, desc="prompts") as bar:
             self.scorer.advance = bar.update
             self.known.update(zip(new, self.scorer.scores(list(new.values())), strict=True))
@@ -317,14 +346,3 @@ def _same_random_state() -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
-
-
-def _check_counts(num_trials: int, per_eval: int, batch: int | None) -> None:
-    counts: Sequence[tuple[str, int | None]] = (
-        ("num_trials", num_trials),
-        ("perturbations_per_eval", per_eval),
-        ("internal_batch_size", batch),
-    )
-    for name, count in counts:
-        if count is not None and (isinstance(count, bool) or count < 1):
-            raise ValueError(f"{name} must be at least 1, got {count}")

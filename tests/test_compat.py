@@ -1,4 +1,4 @@
-"""The private names of Captum that the package needs are where this version of it looks for them."""
+"""The private names of Captum that the package needs are where compat.py looks for them."""
 
 from __future__ import annotations
 

@@ -224,6 +224,13 @@ def test_plots_go_into_axes_that_are_given(n_tokens):
     assert tuple(figure.get_size_inches()) == (12.0, 4.0)
 
 
+def test_plots_go_into_axes_of_a_subfigure():
+    figure = plt.figure(layout="constrained")
+    ax = figure.subfigures(1, 2)[0].subplots()
+    assert draw_heat_map(values(3, 5), ["a", "b", "c"], tokens(5), "", ax) == (figure, ax)
+    figure.canvas.draw()
+
+
 def test_a_table_shows_tokens_as_they_are_and_no_control_characters():
     hostile = ["[bold red]x[/]", ":smile:", "\x1b[2J", "[/"]
     cells = values(2, 4)

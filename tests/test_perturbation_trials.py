@@ -47,12 +47,11 @@ def inspected(wrapper: Any, method: str, inp: Any, **kwargs: Any) -> list[Call]:
     return calls
 
 
-@pytest.mark.parametrize("remember", [True, False])
 @pytest.mark.parametrize("perturbations_per_eval", [1, 3, 100])
 @pytest.mark.parametrize("method", ["feature_ablation", "shapley_sampling", "shapley"])
 @pytest.mark.parametrize("kind", ["token", "template_list"])
 def test_inspection_sees_every_perturbation(
-    kind: str, method: str, perturbations_per_eval: int, remember: bool
+    kind: str, method: str, perturbations_per_eval: int
 ) -> None:
     slow = {"forward_in_tokens": True, "use_cached_outputs": False}
     expected = inspected(captums, method, INPUTS[kind](), **slow)
@@ -61,7 +60,6 @@ def test_inspection_sees_every_perturbation(
         method,
         INPUTS[kind](),
         perturbations_per_eval=perturbations_per_eval,
-        remember=remember,
     )
     assert [call[:2] for call in calls] == [call[:2] for call in expected]
     for call, reference in zip(calls, expected, strict=True):
@@ -128,9 +126,8 @@ def test_callable_baselines_are_drawn_once_per_trial(
     assert draw.count == num_trials
 
 
-@pytest.mark.parametrize("remember", [True, False])
 @pytest.mark.parametrize("method", ["feature_ablation", "shapley"])
-def test_trials_are_averaged_over_the_draws(method: str, remember: bool) -> None:
+def test_trials_are_averaged_over_the_draws(method: str) -> None:
     """What is remembered of one draw must not serve the next."""
     model, given = tiny_model("llama"), {"target": target_ids(2)}
     apart = [
@@ -138,7 +135,7 @@ def test_trials_are_averaged_over_the_draws(method: str, remember: bool) -> None
         for sample in SAMPLES
     ]
     inp = template_input(TEMPLATE, list(VALUES), Drawn())
-    result = ours(method, model, inp, num_trials=2, remember=remember, **given)
+    result = ours(method, model, inp, num_trials=2, **given)
     assert_close(rows(result), torch.stack(apart).mean(0))
 
 

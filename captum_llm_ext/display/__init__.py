@@ -7,7 +7,7 @@ Further formats (HTML) belong beside `terminal`, built on the same `tokens` and 
 from __future__ import annotations
 
 from captum_llm_ext.display.plots import draw_bars, draw_heat_map
-from captum_llm_ext.display.scale import ColorScale
+from captum_llm_ext.display.scale import ColorScale, relative_to_rows
 from captum_llm_ext.display.shaded import draw_shaded_text
 from captum_llm_ext.display.terminal import AttributionText, print_text, render_text
 from captum_llm_ext.display.tokens import (
@@ -26,6 +26,7 @@ __all__ = [
     "draw_shaded_text",
     "print_text",
     "readable_token",
+    "relative_to_rows",
     "render_text",
     "short_layer_names",
     "token_text",

@@ -50,7 +50,7 @@ def label_style(monospace: bool = False) -> dict[str, Any]:
 def open_figure(ax: Axes | None, width: float, height: float) -> tuple[Figure, Axes]:
     """The axes given, or new ones in a figure of this size in inches."""
     if ax is not None:
-        return ax.figure, ax  # type: ignore[return-value]  # a subfigure serves as well
+        return ax.figure.figure, ax  # of a subfigure: the figure it is in
     import matplotlib.pyplot as plt
 
     size = (min(width, LARGEST), min(height, LARGEST))
@@ -61,7 +61,7 @@ def open_figure(ax: Axes | None, width: float, height: float) -> tuple[Figure, A
 def axes_size(ax: Axes) -> tuple[float, float]:
     """Width and height of axes in inches."""
     box = ax.get_window_extent()
-    dots = ax.get_figure(root=True).dpi  # type: ignore[union-attr]
+    dots = ax.figure.dpi
     return box.width / dots, box.height / dots
 
 

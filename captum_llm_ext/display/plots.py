@@ -25,8 +25,10 @@ from captum_llm_ext.display.tokens import readable_token
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
 
 _NUMBERED_COLUMNS = 24  # up to here a cell is wide enough for its number
+_NUMBERED_ROWS = 40
 _COLUMNS_PER_BLOCK = 60  # more input tokens than this continue below, as text does
 _NARROW_CELL = 0.22
 _LOW_CELL = 0.12
@@ -65,7 +67,7 @@ def draw_bars(
         scale.format(value) if numbered or abs(value) > scale.limit else "" for value in values
     ]
     ax.bar_label(bars, texts, fontsize=LABEL_SIZE, padding=2)
-    _label_columns(ax, [readable_token(token, _LONGEST_LABEL) for token in tokens], width)
+    _label_columns(ax, _labels(tokens), width)
     return figure, ax
 
 
@@ -75,6 +77,7 @@ def draw_heat_map(
     column_labels: Sequence[str],
     label: str,
     ax: Axes | None = None,
+    scale: ColorScale | None = None,
 ) -> tuple[Figure, Axes]:
     """Heat map; many columns continue in further blocks below, as lines of text do.
 
@@ -84,22 +87,19 @@ def draw_heat_map(
         label: what the values are.
         ax: axes to draw into; None (default) for a new figure. Given axes keep their size: there
             the columns stay in one block, and labels that find no room are left out.
+        scale: colours of the values; None (default) for `ColorScale.of(values)`.
     """
-    rows = [readable_token(name, _LONGEST_LABEL) for name in row_labels]
-    columns = [readable_token(name, _LONGEST_LABEL) for name in column_labels]
+    rows, columns = _labels(row_labels), _labels(column_labels)
     if ax is not None:
         layout = _Layout.given(ax, len(rows), len(columns))
     elif len(columns) > _COLUMNS_PER_BLOCK:
-        columns = [readable_token(name, _LONGEST_WRAPPED_LABEL) for name in columns]
+        columns = _labels(column_labels, _LONGEST_WRAPPED_LABEL)
         layout = _Layout.wrapped(len(rows), columns)
     else:
         layout = _Layout.plain(len(rows), columns)
     figure, ax = open_figure(ax, *layout.figure_size(widest(rows)))
-    scale = ColorScale.of(values)
-    picture = layout.arrange(values)
-    image = ax.imshow(
-        picture, cmap=scale.colormap, norm=scale.norm, aspect="auto", interpolation="nearest"
-    )
+    scale = scale or ColorScale.of(values)
+    image = layout.draw(ax, values, scale)
     add_color_bar(figure, ax, image, scale.label(label), bool(scale.beyond), scale.signed)
     if layout.n_blocks > 1:
         _label_blocks(ax, layout, rows, columns)
@@ -144,7 +144,9 @@ class _Layout:
     def plain(cls, n_rows: int, columns: Sequence[str]) -> _Layout:
         numbered = len(columns) <= _NUMBERED_COLUMNS
         width = max(0.55 if numbered else _NARROW_CELL, 4.0 / max(len(columns), 1))
-        height = max(0.3 if numbered and n_rows <= 40 else 0.16, min(0.8, 2.0 / max(n_rows, 1)))
+        height = max(
+            0.3 if numbered and n_rows <= _NUMBERED_ROWS else 0.16, min(1.2, 2.4 / max(n_rows, 1))
+        )
         header = _header(columns)
         height = min(height, (LARGEST - header - 1.0) / max(n_rows, 1))
         return cls(n_rows, len(columns), len(columns), width, height, header)
@@ -167,24 +169,38 @@ class _Layout:
         width = min(self.columns_per_block, self.n_columns) * self.cell_width
         return width + row_label_width + _MARGIN, self.height + 0.4
 
-    def arrange(self, values: FloatArray) -> FloatArray:
-        """Cells of all blocks, one block under the other, with empty rows for the labels."""
-        blocks = self.n_blocks
-        height = blocks * (self.gap + self.n_rows)
-        picture = np.full((height, self.columns_per_block), np.nan, dtype=np.float32)
-        for block in range(blocks):
+    def draw(self, ax: Axes, values: FloatArray, scale: ColorScale) -> AxesImage:
+        """One image per block, one under the other; returns the first."""
+        images = []
+        for block in range(self.n_blocks):
             part = values[:, block * self.columns_per_block :][:, : self.columns_per_block]
-            top = self.top(block)
-            picture[top : top + self.n_rows, : part.shape[1]] = part
-        return picture
+            top = self.top(block) - 0.5
+            images.append(
+                ax.imshow(
+                    part,
+                    cmap=scale.colormap,
+                    norm=scale.norm,
+                    aspect="auto",
+                    interpolation="nearest",
+                    extent=(-0.5, part.shape[1] - 0.5, top + self.n_rows, top),
+                )
+            )
+        bottom = self.top(self.n_blocks - 1) + self.n_rows - 0.5
+        ax.set(xlim=(-0.5, self.columns_per_block - 0.5), ylim=(bottom, -0.5))
+        return images[0]
 
     def top(self, block: int) -> int:
         """First row of a block's cells."""
         return block * (self.gap + self.n_rows) + self.gap
 
 
+def _labels(tokens: Sequence[str], limit: int = _LONGEST_LABEL) -> list[str]:
+    """Tokens as labels; the space that most begin with would only move them off their place."""
+    return [readable_token(token, limit).strip() for token in tokens]
+
+
 def _header(columns: Sequence[str]) -> float:
-    return 0.2 + 0.75 * widest(columns)
+    return 0.15 + 0.65 * widest(columns)
 
 
 def _step(inches: float) -> int:
@@ -228,7 +244,11 @@ def _label_blocks(ax: Axes, layout: _Layout, rows: Sequence[str], columns: Seque
 
 def _write_numbers(ax: Axes, layout: _Layout, values: FloatArray, scale: ColorScale) -> None:
     """Numbers in the cells of a small heat map, so that it can be read without its colours."""
-    if layout.cell_width < 0.35 or layout.cell_height < TEXT_HEIGHT:
+    if (
+        layout.n_rows > _NUMBERED_ROWS
+        or layout.cell_width < 0.35
+        or layout.cell_height < TEXT_HEIGHT
+    ):
         return
     size = min(LABEL_SIZE, 72 * layout.cell_width / 4.2)
     colors = scale.colors(values)

@@ -51,9 +51,7 @@ class ColorScale:
 
     @property
     def colormap(self) -> Colormap:
-        colormap = colormaps["RdBu" if self.signed else "Blues"].copy()
-        colormap.set_bad("lightgrey")
-        return colormap
+        return colormaps["RdBu" if self.signed else "Blues"].with_extremes(bad="lightgrey")
 
     def colors(self, values: FloatArray) -> npt.NDArray[np.float64]:
         """Red, green, blue and opacity in 0..1 for every value, shape (*values.shape, 4)."""
@@ -74,6 +72,19 @@ class ColorScale:
             return name
         stop = f"{'±' if self.signed else ''}{self.format(self.limit)}"
         return f"{name} (colours stop at {stop}; {self.beyond} beyond)"
+
+
+def relative_to_rows(values: FloatArray) -> tuple[FloatArray, ColorScale]:
+    """Every row in units of the limit of its own scale, and the scale of what comes of it.
+
+    >>> relative, scale = relative_to_rows(np.array([[5.0, -10.0], [0.2, 0.1]], dtype=np.float32))
+    >>> relative.tolist(), scale.limit
+    ([[0.5, -1.0], [1.0, 0.5]], 1.0)
+    """
+    limits = np.array([[ColorScale.of(row).limit] for row in values], dtype=np.float32)
+    relative = values / limits
+    beyond = int((np.abs(np.nan_to_num(relative)) > 1.0).sum())
+    return relative, ColorScale(1.0, bool(np.any(relative < 0)), beyond)
 
 
 def _limit(peaks: npt.NDArray[np.floating]) -> float:

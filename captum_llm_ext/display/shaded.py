@@ -49,6 +49,9 @@ def draw_shaded_text(
         per_line *= 2
         places = _places(texts, per_line)
     n_lines = places[-1][0] + 1
+    per_line = max(
+        40, *(column + _width(text) for text, (_, column) in zip(texts, places, strict=True))
+    )
     width, height = 0.085 * per_line, max(2.0, n_lines * _LINE_HEIGHT)
     if ax is not None:
         width, height = axes_size(ax)

@@ -151,7 +151,8 @@ def _cell_width(cell: Text) -> int:
 
 def _style(background: npt.NDArray[np.float64]) -> Style:
     red, green, blue = (255 * part for part in background[:3])
-    return Style(color=text_color(background), bgcolor=Color.from_rgb(red, green, blue).name)
+    shade = "#000000" if text_color(background) == "black" else "#ffffff"  # not a theme's
+    return Style(color=shade, bgcolor=Color.from_rgb(red, green, blue).name)
 
 
 def render_text(renderable: RenderableType, color: bool = True, width: int | None = None) -> str:

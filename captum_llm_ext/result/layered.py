@@ -6,12 +6,11 @@ import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
 import numpy.typing as npt
 from captum.attr import InterpretableInput
 from torch import Tensor
 
-from captum_llm_ext.display import draw_heat_map, short_layer_names
+from captum_llm_ext.display import draw_heat_map, relative_to_rows, short_layer_names
 from captum_llm_ext.result.single import LLMAttributionResult, shown
 from captum_llm_ext.result.values import (
     array,
@@ -140,16 +139,15 @@ class LLMLayerAttributionResult(LLMAttributionResult, Mapping[str, LLMAttributio
         Args:
             show: True shows the plot and returns None; False (default) returns (figure, axes).
             ax: axes to draw into; None (default) for a new figure.
-            normalize: divide each layer by its own largest absolute value (default True), since
-                layers differ by orders of magnitude.
+            normalize: divide each layer by its own largest absolute value, a dominant token left
+                aside (default True), since layers differ by orders of magnitude.
         """
-        values, label = array(self.layer_seq_attr).copy(), "Sequence Attribution"
+        values, label, scale = array(self.layer_seq_attr), "Sequence Attribution", None
         if normalize:
-            largest = np.abs(np.nan_to_num(values)).max(axis=1, keepdims=True)
-            values /= np.where(largest > 0.0, largest, 1.0)
+            values, scale = relative_to_rows(values)
             label += " / largest of its layer"
         names = short_layer_names(self.layer_names)
-        drawn = draw_heat_map(values[::-1], names[::-1], self.input_tokens, label, ax)
+        drawn = draw_heat_map(values[::-1], names[::-1], self.input_tokens, label, ax, scale)
         return shown(drawn, show)
 
     def _place(self, name: str) -> int:

@@ -1,0 +1,55 @@
+"""The key/value cache of a prompt, cut to any prefix and repeated over the rows of a batch."""
+
+from __future__ import annotations
+
+import inspect
+from copy import deepcopy
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class PrefixCache:
+    """Keys and values of the first tokens of `ids` (length,), from a pass over all of them.
+
+    Caches with a sliding window cannot be cut back, so for these the prefix is run piece by
+    piece as longer ones are asked for: ask for short ones first.
+    """
+
+    def __init__(self, model: nn.Module, ids: Tensor, full: Any, length: int) -> None:
+        self.model, self.ids = model, ids
+        self._full, self._length = full, length
+        self._grown: Any = None
+        self._grown_to = 0
+
+    def at(self, cut: int, rows: int) -> Any:
+        """A cache of the first `cut` tokens for `rows` rows; the model may append to it."""
+        cache = deepcopy(self._full)
+        try:
+            cache.crop(cut - self._length)
+        except (RuntimeError, ValueError, NotImplementedError):
+            cache = deepcopy(self._grow(cut))
+        if rows > 1:
+            cache.batch_repeat_interleave(rows)
+        return cache
+
+    def _grow(self, cut: int) -> Any:
+        if cut < self._grown_to:
+            self._grown, self._grown_to = None, 0
+        if cut > self._grown_to:
+            ids = self.ids[None, self._grown_to : cut]
+            options = {"past_key_values": self._grown, "use_cache": True}
+            if accepts(self.model, "logits_to_keep"):
+                options["logits_to_keep"] = 1
+            self._grown, self._grown_to = self.model(ids, **options).past_key_values, cut
+        return self._grown
+
+
+def keeps_cache(model: nn.Module) -> bool:
+    """Whether the model's forward takes and gives a key/value cache."""
+    return accepts(model, "past_key_values") and accepts(model, "use_cache")
+
+
+def accepts(model: nn.Module, argument: str) -> bool:
+    """Whether the model's forward has an argument of this name."""
+    return argument in inspect.signature(model.forward).parameters
