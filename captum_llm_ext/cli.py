@@ -15,13 +15,14 @@ from typing import Any, NoReturn
 
 from captum_llm_ext import __version__
 from captum_llm_ext.display.tokens import readable_token, short_layer_names
-from captum_llm_ext.explain import GRADIENT_METHODS, explain
+from captum_llm_ext.explain import METHODS, PERTURBATION_METHODS, explain
 from captum_llm_ext.models import load_demo_model, load_model
 from captum_llm_ext.result import LLMAttributionResult, LLMLayerAttributionResult
 
 USER_ERRORS = (ValueError, TypeError, OSError, ImportError)
 PICTURE_DPI = 100
 STRONGEST_TOKENS = 3
+SAMPLING_METHODS = ("gradshap", "shapley_sampling", "lime", "kernelshap")
 
 DESCRIPTION = "Show which words of a prompt made a language model say what it said."
 EXAMPLES = """\
@@ -83,10 +84,11 @@ def _add_model_arguments(group: argparse._ArgumentGroup) -> None:
 def _add_method_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--method",
-        choices=tuple(GRADIENT_METHODS),
+        choices=METHODS,
         default="saliency",
         help="saliency: L1 norm of the gradient; ig: integrated gradients; gradxact: gradient x "
-        "activation; gradshap: gradient SHAP (default: %(default)s)",
+        "activation; gradshap: gradient SHAP; ablation, shapley, shapley_sampling, lime, "
+        "kernelshap: by perturbing the prompt (default: %(default)s)",
     )
     group.add_argument(
         "--layers",
@@ -97,6 +99,12 @@ def _add_method_arguments(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--steps", type=_positive, metavar="N", help="steps of integrated gradients (default: 50)"
+    )
+    group.add_argument(
+        "--samples",
+        type=_positive,
+        metavar="N",
+        help="samples of gradshap, shapley_sampling, lime and kernelshap",
     )
     group.add_argument(
         "--sequence-only",
@@ -185,11 +193,20 @@ def _attribute_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """The keywords of ``attribute``; options that would do nothing are refused."""
     options: dict[str, Any] = {"show_progress": sys.stderr.isatty()}
     if arguments.sequence_only:
+        if arguments.method in PERTURBATION_METHODS:
+            raise ValueError(f"--sequence-only saves nothing with --method {arguments.method}")
         options["include_per_token_attr"] = False
     if arguments.steps is not None:
         if arguments.method != "ig":
             raise ValueError(f"--steps belongs to --method ig, got --method {arguments.method}")
         options["n_steps"] = arguments.steps
+    if arguments.samples is not None:
+        if arguments.method not in SAMPLING_METHODS:
+            raise ValueError(
+                f"--samples belongs to --method {', '.join(SAMPLING_METHODS)}; "
+                f"got --method {arguments.method}"
+            )
+        options["n_samples"] = arguments.samples
     if arguments.max_new_tokens is not None:
         if arguments.target is not None:
             raise ValueError("--max-new-tokens is for a generated target: leave out --target")

@@ -8,16 +8,22 @@ from typing import Any, TypeAlias
 
 import torch
 from captum.attr import (
+    FeatureAblation,
     InterpretableInput,
+    KernelShap,
     LayerGradientShap,
     LayerGradientXActivation,
     LayerIntegratedGradients,
+    Lime,
+    ShapleyValues,
+    ShapleyValueSampling,
 )
 from torch import nn
 
 from captum_llm_ext.gradient import LLMGradientAttribution
 from captum_llm_ext.inputs import TextTokenInput, chat_input
 from captum_llm_ext.methods import LayerSaliency
+from captum_llm_ext.perturbation import LLMAttribution
 from captum_llm_ext.result import LLMAttributionResult
 
 Message: TypeAlias = Mapping[str, str]
@@ -38,6 +44,14 @@ GRADIENT_METHODS: dict[str, Callable[[nn.Module, Any], Any]] = {
     "gradxact": LayerGradientXActivation,
     "gradshap": LayerGradientShap,
 }
+PERTURBATION_METHODS: dict[str, Callable[[nn.Module], Any]] = {
+    "ablation": FeatureAblation,
+    "shapley": ShapleyValues,
+    "shapley_sampling": ShapleyValueSampling,
+    "lime": Lime,
+    "kernelshap": KernelShap,
+}
+METHODS = (*GRADIENT_METHODS, *PERTURBATION_METHODS)
 
 
 def explain(
@@ -59,20 +73,21 @@ def explain(
             interpretable input of Captum.
         target: the continuation to attribute, a string or token ids of shape (n_output,).
             Default: what the model generates.
-        method: "saliency" (L1 norm of the gradient), "ig" (integrated gradients), "gradxact"
-            (gradient x activation) or "gradshap" (gradient SHAP). Default: "saliency".
-        layers: a module, a name, a pattern such as ``"model.layers.*.mlp"``, or a list of these.
+        method: with gradients, "saliency" (L1 norm of the gradient, the default), "ig" (integrated
+            gradients), "gradxact" (gradient x activation) or "gradshap" (gradient SHAP); by
+            perturbation, "ablation", "shapley", "shapley_sampling", "lime" or "kernelshap".
+        layers: for the methods with gradients, a module, a name, a pattern such as ``"model.layers.*.mlp"``, or a list of these.
             Default: the input embeddings.
-        **kwargs: go to ``LLMGradientAttribution.attribute``, for example ``n_steps=100`` or
-            ``gen_args={"max_new_tokens": 10}``.
+        **kwargs: go to ``attribute`` of `LLMGradientAttribution` or `LLMAttribution`, for example
+            ``n_steps=100``, ``n_samples=50`` or ``gen_args={"max_new_tokens": 10}``.
 
     Returns:
         A result with ``seq_attr`` (n_input,) and ``token_attr`` (n_output, n_input), in units of
         log p; for several layers an ``LLMLayerAttributionResult``, with those of each layer too.
 
     Raises:
-        ValueError: the method is unknown, a layer is not in the model, or the prompt or the
-            target is empty.
+        ValueError: the method is unknown or has no layers, a layer is not in the model, or the
+            prompt or the target is empty.
         TypeError: the prompt is none of the kinds above.
 
     Example:
@@ -84,14 +99,24 @@ def explain(
     Source: Kokhlikyan et al., "Captum" (2020), arXiv:2009.07896; Miglani et al., "Using Captum to
     explain generative language models" (2023), arXiv:2312.05491.
     """
-    if method not in GRADIENT_METHODS:
-        raise ValueError(
-            f"expected method to be one of {', '.join(GRADIENT_METHODS)}; got {method!r}"
-        )
-    layer = _input_embeddings(model) if layers is None else layers
-    attribution = GRADIENT_METHODS[method](model, layer)
-    wrapper = LLMGradientAttribution(attribution, tokenizer)
+    wrapper = _wrapper(model, tokenizer, method, layers)
     return wrapper.attribute(_as_input(prompt, tokenizer), target=target, **kwargs)
+
+
+def _wrapper(
+    model: nn.Module, tokenizer: Any, method: str, layers: Layers | None
+) -> LLMGradientAttribution | LLMAttribution:
+    if method in GRADIENT_METHODS:
+        layer = _input_embeddings(model) if layers is None else layers
+        return LLMGradientAttribution(GRADIENT_METHODS[method](model, layer), tokenizer)
+    if method not in PERTURBATION_METHODS:
+        raise ValueError(f"expected method to be one of {', '.join(METHODS)}; got {method!r}")
+    if layers is not None:
+        raise ValueError(
+            f"{method} perturbs the prompt and has no layers: leave out layers, or choose one of "
+            f"{', '.join(GRADIENT_METHODS)}"
+        )
+    return LLMAttribution(PERTURBATION_METHODS[method](model), tokenizer)
 
 
 def _as_input(prompt: Any, tokenizer: Any) -> InterpretableInput:

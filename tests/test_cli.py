@@ -270,3 +270,20 @@ def test_demo_model_from_the_command_line(demo_model, monkeypatch, capsys):
     assert "Paris" in out
     # design figures of the L1 saliency of each prompt token
     assert all(figure in out for figure in ("80.8", "61.4", "17.6", "26.4", "10.7"))
+
+
+def test_perturbation_method(run):
+    code, out, _ = run("--target", TARGET, "--method", "shapley_sampling", "--samples", "2")
+    assert code == 0
+    assert "input tokens" in out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("--method", "ablation", "--sequence-only"), ("--method", "ig", "--samples", "3")],
+)
+def test_options_of_other_methods_are_refused(run, arguments):
+    code, _, err = run("--target", TARGET, *arguments)
+    assert code == 2
+    assert arguments[-1] in err or "--samples" in err
+    assert one_line(err)

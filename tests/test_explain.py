@@ -5,11 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 from captum.attr import (
+    FeatureAblation,
+    KernelShap,
     LayerGradientShap,
     LayerGradientXActivation,
     LayerIntegratedGradients,
+    Lime,
+    ShapleyValueSampling,
     TextTokenInput,
 )
+from captum.attr import LLMAttribution as CaptumLLMAttribution
 from captum.attr import LLMGradientAttribution as CaptumLLMGradientAttribution
 
 from captum_llm_ext import (
@@ -156,3 +161,32 @@ def test_a_prompt_of_another_kind(model, tokenizer, prompt):
 def test_an_empty_prompt(model, tokenizer, prompt):
     with pytest.raises(ValueError):  # noqa: PT011 - the wording belongs to the inputs
         explain(model, tokenizer, prompt, TARGET)
+
+
+@pytest.mark.parametrize(
+    ("method", "kind", "options"),
+    [
+        ("ablation", FeatureAblation, {}),
+        ("shapley_sampling", ShapleyValueSampling, {"n_samples": 2}),
+        ("lime", Lime, {"n_samples": 5}),
+        ("kernelshap", KernelShap, {"n_samples": 5}),
+    ],
+)
+def test_perturbation_methods_are_captums(model, tokenizer, method, kind, options):
+    torch.manual_seed(0)
+    result = explain(model, tokenizer, PROMPT, TARGET, method, **options)
+    torch.manual_seed(0)
+    expected = CaptumLLMAttribution(kind(model), tokenizer).attribute(
+        TextTokenInput(PROMPT, tokenizer),
+        target=TARGET,
+        forward_in_tokens=False,
+        use_cached_outputs=False,
+        **options,
+    )
+    difference = (result.seq_attr - expected.seq_attr).abs().max()
+    assert difference <= 1e-4 * expected.seq_attr.abs().max()
+
+
+def test_perturbation_methods_have_no_layers(model, tokenizer):
+    with pytest.raises(ValueError, match="ablation .* has no layers"):
+        explain(model, tokenizer, PROMPT, TARGET, "ablation", layers="q_proj")

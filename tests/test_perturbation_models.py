@@ -187,10 +187,11 @@ class FourDimensional(CausalToy):
 
 
 def test_logits_of_four_dimensions() -> None:
-    target, plain = target_ids(3), CausalToy()
+    target, plain, model = target_ids(3), CausalToy(), FourDimensional()
+    model.load_state_dict(plain.state_dict())
     expected = ablation(truth("emptied template", plain, target), 4)
     make = ENTRIES["emptied template"][0]
-    assert_close(rows(ours("feature_ablation", FourDimensional(), make(), target=target)), expected)
+    assert_close(rows(ours("feature_ablation", model, make(), target=target)), expected)
 
 
 # --- pictures ------------------------------------------------------------------------------------
