@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from captum_llm_ext.compat import InterpretableInput
-from captum_llm_ext.differentiate import LayerTotal
 from captum_llm_ext.inputs import Features
 from captum_llm_ext.layers import Site
 from captum_llm_ext.methods import NORMS
 from captum_llm_ext.result import LLMAttributionResult, LLMLayerAttributionResult
+from captum_llm_ext.totals import LayerTotal
 
 ACCEPTED_DELTA = 0.10
 
@@ -32,6 +32,8 @@ class LayerColumns:
     hidden_attr: Tensor | None
     delta: Tensor | None
     difference: Tensor | None
+    n_evaluations: int | None
+    converged: bool | None
 
 
 def layer_columns(
@@ -53,6 +55,8 @@ def layer_columns(
         hidden_attr=_sum_hidden(hidden, feature_of, n_input) if keep_hidden else None,
         delta=None if difference is None else sums - difference,
         difference=difference,
+        n_evaluations=total.n_evaluations or None,
+        converged=total.converged,
     )
 
 
@@ -66,6 +70,8 @@ def single_result(
         token_attr=columns.token_attr,
         convergence_delta=columns.delta,
         hidden_attr=columns.hidden_attr,
+        n_evaluations=columns.n_evaluations,
+        converged=columns.converged,
         inp=inp,
     )
 
@@ -87,6 +93,8 @@ def layered_result(
         layer_mode=layer_mode,
         convergence_delta=_stack_deltas(layers, layer_mode),
         hidden_attr=_hidden_by_name(by_site),
+        layer_n_evaluations=[layer.n_evaluations for layer in layers],
+        layer_converged=[layer.converged for layer in layers],
         inp=inp,
     )
 
@@ -101,17 +109,22 @@ def warn_unless_converged(
     if joint:
         delta, difference = _joint_delta(layers)[None], difference[:1]
     relative = delta.abs() / difference.abs().clamp(min=1e-3)
-    if not (relative > ACCEPTED_DELTA).any():
-        return
+    unmet = sum(layer.converged is False for layer in layers)
+    if unmet or (relative > ACCEPTED_DELTA).any():
+        warnings.warn(_not_converged(relative, unmet, output_tokens), stacklevel=4)
+
+
+def _not_converged(relative: Tensor, unmet: int, output_tokens: Sequence[str]) -> str:
     worst = int(relative.amax(0).argmax())
     what = repr(output_tokens[worst]) if relative.size(1) == len(output_tokens) else "the sequence"
-    warnings.warn(
+    found = (
         f"integrated gradients have not converged: {int((relative > ACCEPTED_DELTA).sum())} of "
         f"{relative.numel()} sums of attributions miss the score difference by more than 10 %, "
-        f"worst by {float(relative.max()):.0%} (at {what}). Raise n_steps, choose another "
-        'baseline, or use method="adaptive"',
-        stacklevel=4,
+        f"worst by {float(relative.max()):.0%} (at {what}). "
     )
+    if unmet:
+        return f"{found}Of {unmet} paths max_rows was spent first: raise max_rows or tol"
+    return f'{found}Raise n_steps, choose another baseline, or use method="adaptive"'
 
 
 def _joint_delta(layers: Sequence[LayerColumns]) -> Tensor:

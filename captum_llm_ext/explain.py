@@ -76,8 +76,8 @@ def explain(
         method: with gradients, "saliency" (L1 norm of the gradient, the default), "ig" (integrated
             gradients), "gradxact" (gradient x activation) or "gradshap" (gradient SHAP); by
             perturbation, "ablation", "shapley", "shapley_sampling", "lime" or "kernelshap".
-        layers: for the methods with gradients, a module, a name, a pattern such as ``"model.layers.*.mlp"``, or a list of these.
-            Default: the input embeddings.
+        layers: for the methods with gradients, a module, a name, a pattern such as
+            ``"model.layers.*.mlp"``, or a list of these. Default: the input embeddings.
         **kwargs: go to ``attribute`` of `LLMGradientAttribution` or `LLMAttribution`, for example
             ``n_steps=100``, ``n_samples=50`` or ``gen_args={"max_new_tokens": 10}``.
 

@@ -33,7 +33,7 @@ from captum_llm_ext.compat import (
     GradientAttribution,
     InterpretableInput,
 )
-from captum_llm_ext.differentiate import LayerTotal, Plan, attribute_layers
+from captum_llm_ext.differentiate import attribute_layers
 from captum_llm_ext.hooks import embeddings, frozen_parameters
 from captum_llm_ext.inputs import Features, read_features
 from captum_llm_ext.layers import Site, resolve_sites
@@ -48,6 +48,7 @@ from captum_llm_ext.targets import (
     output_tokens,
     target_ids,
 )
+from captum_llm_ext.totals import LayerTotal, Plan
 
 LAYER_MODES = ("independent", "joint")
 
@@ -143,14 +144,17 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
             return_convergence_delta: accepted for Captum's sake; the delta is on the result.
             attribute_to_layer_input: attribute to the layers' input instead of their output.
             grad_kwargs: further arguments of ``torch.autograd.grad``.
-            **method_options: the method's own: `n_steps` (50) and `method` ("gausslegendre" or
-                one of Captum's Riemann rules) of LayerIntegratedGradients; `n_samples` (5) and
-                `stdevs` (0.0, of noise on the layer) of LayerGradientShap.
+            **method_options: the method's own. Of LayerIntegratedGradients `n_steps` (50) and
+                `method`: "gausslegendre", one of Captum's Riemann rules, or "adaptive", which
+                takes the gradient where the path needs it until the attributions sum to the score
+                difference within `tol` (0.05, relative) or `max_rows` (1000) points are spent. Of
+                LayerGradientShap `n_samples` (5) and `stdevs` (0.0, of noise on the layer).
 
         Returns:
             An `LLMAttributionResult`: `seq_attr` (n_input,), `token_attr` (n_output, n_input) and,
             for integrated gradients, `convergence_delta` (n_output,): what the attributions over
-            all positions exceed the difference of scores by. For several layers an
+            all positions exceed the difference of scores by, `n_evaluations`, the path points
+            taken, and `converged`, whether "adaptive" met its tolerance. For several layers an
             `LLMLayerAttributionResult`.
 
         Raises:
@@ -266,6 +270,8 @@ class _Job:
         """Rows that the rule will differentiate."""
         plan = self.plan
         spans = len(self.forcing.spans(plan.per_token, plan.rows, plan.causal))
+        if isinstance(rule, PathRule) and rule.tolerance is not None:
+            return rule.max_rows * (1 if plan.joint else len(self.sites))
         if not isinstance(rule, PathRule):
             return spans
         return spans * len(rule.points) * (1 if plan.joint else len(self.sites))
@@ -288,5 +294,5 @@ def _rows(forcing: TeacherForcing, rule: Rule) -> int:
     """Path points per pass, for as many tokens as the device works on well at once."""
     if not isinstance(rule, PathRule):
         return 1
-    fitting = tokens_per_pass(forcing.ids.device) // forcing.ids.size(1)
-    return min(len(rule.points), max(1, fitting))
+    fitting = max(1, tokens_per_pass(forcing.ids.device) // forcing.ids.size(1))
+    return min(len(rule.points), fitting) if rule.points else fitting

@@ -19,7 +19,7 @@ from captum_llm_ext.compat import (
     LayerAttribution,
     compute_layer_gradients_and_eval,
 )
-from captum_llm_ext.path import fixed_rule
+from captum_llm_ext.path import ADAPTIVE, FEWEST_ROWS, fixed_rule
 
 NORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "sum": lambda values: values.sum(-1),
@@ -104,14 +104,18 @@ class PathRule:
     """Weighted gradients at points between the layer's baseline (0) and its value (1).
 
     multiply: times input minus baseline; stdev: of Gaussian noise on the layer's value;
-    is_integral: whether the attributions ought to sum to the difference of the scores.
+    is_integral: whether the attributions ought to sum to the difference of the scores; tolerance:
+    relative, on that sum, of adaptive quadrature, which chooses the points itself within
+    `max_rows` of them; None for the given points.
     """
 
-    points: tuple[float, ...]
-    weights: tuple[float, ...]
+    points: tuple[float, ...] = ()
+    weights: tuple[float, ...] = ()
     multiply: bool = True
     stdev: float = 0.0
     is_integral: bool = True
+    tolerance: float | None = None
+    max_rows: int = 0
     norm: str = "sum"
 
 
@@ -127,11 +131,36 @@ def _gradient_x_activation(method: LayerGradientXActivation) -> Rule:
 
 
 def _integrated_gradients(
-    method: LayerIntegratedGradients, *, n_steps: int = 50, rule: str = "gausslegendre"
+    method: LayerIntegratedGradients,
+    *,
+    n_steps: int | None = None,
+    rule: str = "gausslegendre",
+    tol: float | None = None,
+    max_rows: int | None = None,
 ) -> Rule:
+    if rule == ADAPTIVE:
+        return _adaptive(method, n_steps, tol, max_rows)
+    if tol is not None or max_rows is not None:
+        raise ValueError('tol and max_rows belong to method="adaptive"')
+    n_steps = 50 if n_steps is None else n_steps
     points, weights = fixed_rule(rule, n_steps)
     multiply = method.multiplies_by_inputs
     return PathRule(tuple(points), tuple(weights), multiply, is_integral=multiply)
+
+
+def _adaptive(
+    method: LayerIntegratedGradients, n_steps: int | None, tol: float | None, max_rows: int | None
+) -> Rule:
+    tol, max_rows = 0.05 if tol is None else tol, 1000 if max_rows is None else max_rows
+    if n_steps is not None:
+        raise ValueError('n_steps belongs to the fixed rules; method="adaptive" takes max_rows')
+    if not method.multiplies_by_inputs:
+        raise ValueError('method="adaptive" needs multiply_by_inputs=True: it checks the sums')
+    if not tol > 0:
+        raise ValueError(f"tol must be greater than 0, got {tol}")
+    if max_rows < FEWEST_ROWS:
+        raise ValueError(f"max_rows must be at least {FEWEST_ROWS}, got {max_rows}")
+    return PathRule(tolerance=float(tol), max_rows=max_rows)
 
 
 def _gradient_shap(method: LayerGradientShap, *, n_samples: int = 5, stdevs: float = 0.0) -> Rule:
@@ -150,7 +179,10 @@ RULES: dict[type, tuple[Callable[..., Rule], Mapping[str, str]]] = {
     # method class: (rule from its options, the options' names in `attribute` -> in the function)
     LayerSaliency: (_saliency, {}),
     LayerGradientXActivation: (_gradient_x_activation, {}),
-    LayerIntegratedGradients: (_integrated_gradients, {"n_steps": "n_steps", "method": "rule"}),
+    LayerIntegratedGradients: (
+        _integrated_gradients,
+        {"n_steps": "n_steps", "method": "rule", "tol": "tol", "max_rows": "max_rows"},
+    ),
     LayerGradientShap: (_gradient_shap, {"n_samples": "n_samples", "stdevs": "stdevs"}),
 }
 

@@ -83,7 +83,9 @@ class TeacherForcing:
         changed = self.run(_with_last_id_changed(self.ids), span)
         return replace(own, logits=torch.cat([own.logits, changed.logits]))
 
-    def spans(self, per_token: bool, rows: int, causal: bool) -> list[TargetSpan]:
+    def spans(
+        self, per_token: bool, rows: int, causal: bool, divide: bool = True
+    ) -> list[TargetSpan]:
         """How to divide the target among passes.
 
         One pass scores all of it. Its backward from an early token still walks over the later
@@ -93,7 +95,7 @@ class TeacherForcing:
         n_output = len(self.target)
         if not causal:
             return _even_spans(n_output, n_output)
-        if not per_token or not self.target.is_additive:
+        if not (per_token and divide and self.target.is_additive):
             return [TargetSpan(0, n_output)]
         counts = range(1, min(n_output, 8) + 1)
         return min((_even_spans(n_output, n) for n in counts), key=lambda s: self._cost(s, rows))

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from captum_llm_ext.compat import FIXED_RULES, approximation_parameters
 
+ADAPTIVE = "adaptive"
+FIRST_INTERVALS = 8  # of adaptive quadrature, each with a Gauss-Legendre rule
+POINTS = 3  # of that rule
+FEWEST_ROWS = FIRST_INTERVALS * POINTS
+
 
 def fixed_rule(method: str, n_steps: int) -> tuple[list[float], list[float]]:
     """Points in [0, 1] and weights that sum to 1, by one of Captum's quadrature rules."""
     if method not in FIXED_RULES:
-        raise ValueError(f"method must be one of {', '.join(FIXED_RULES)}; got {method!r}")
+        known = ", ".join([ADAPTIVE, *FIXED_RULES])
+        raise ValueError(f"method must be one of {known}; got {method!r}")
     fewest = 1 if method == "gausslegendre" else 2
     if isinstance(n_steps, bool) or not isinstance(n_steps, int) or n_steps < fewest:
         raise ValueError(f"n_steps must be an int >= {fewest} for {method!r}, got {n_steps!r}")

@@ -147,7 +147,7 @@ def test_a_plain_module_needs_its_layer_named(tokenizer):
 
 @pytest.mark.parametrize("method", ["", "IG", "shap", None])
 def test_unknown_method_names_those_there_are(model, tokenizer, method):
-    with pytest.raises(ValueError, match=r"saliency, ig, gradxact, gradshap; got"):
+    with pytest.raises(ValueError, match=r"saliency, ig, .*, kernelshap; got"):
         explain(model, tokenizer, PROMPT, TARGET, method)
 
 
@@ -188,5 +188,5 @@ def test_perturbation_methods_are_captums(model, tokenizer, method, kind, option
 
 
 def test_perturbation_methods_have_no_layers(model, tokenizer):
-    with pytest.raises(ValueError, match="ablation .* has no layers"):
+    with pytest.raises(ValueError, match=r"ablation .* has no layers"):
         explain(model, tokenizer, PROMPT, TARGET, "ablation", layers="q_proj")

@@ -43,6 +43,8 @@ class LLMLayerAttributionResult(LLMAttributionResult, Mapping[str, LLMAttributio
         hidden_attr: layer name → shape (n_output, n_input, hidden); None (default) if not kept.
         output_probs: log probability of each output token, shape (n_output,), or None (default).
         inp: the interpretable input explained, or None (default).
+        layer_n_evaluations, layer_converged: of each layer, the points of its path whose gradient
+            was taken, and whether adaptive quadrature met its tolerance; None (default).
 
     Raises:
         ValueError: a shape does not fit the tokens and layers, or a name comes twice.
@@ -75,7 +77,12 @@ class LLMLayerAttributionResult(LLMAttributionResult, Mapping[str, LLMAttributio
         hidden_attr: Mapping[str, Tensor] | None = None,
         output_probs: npt.ArrayLike | None = None,
         inp: InterpretableInput | None = None,
+        layer_n_evaluations: Sequence[int | None] | None = None,
+        layer_converged: Sequence[bool | None] | None = None,
     ) -> None:
+        none = [None] * len(layer_names)
+        self.layer_n_evaluations = list(layer_n_evaluations or none)
+        self.layer_converged = list(layer_converged or none)
         self.layer_names = _distinct_layer_names(layer_names)
         self.layer_mode = _layer_mode(layer_mode)
         layers, inputs = {"n_layers": len(self.layer_names)}, {"n_input": len(input_tokens)}
@@ -93,6 +100,8 @@ class LLMLayerAttributionResult(LLMAttributionResult, Mapping[str, LLMAttributio
             ),
             output_probs=output_probs,
             inp=inp,
+            n_evaluations=_sum_of_known(self.layer_n_evaluations),
+            converged=_all_of_known(self.layer_converged),
         )
         rows = layers if layer_mode == "independent" else {}
         self.convergence_delta = optional_tensor(
@@ -120,6 +129,8 @@ class LLMLayerAttributionResult(LLMAttributionResult, Mapping[str, LLMAttributio
             # of layers moved jointly, none has a delta of its own
             convergence_delta=None if delta is None or delta.dim() == 1 else delta[place],
             hidden_attr=None if self.hidden_attr is None else self.hidden_attr.get(name),
+            n_evaluations=self.layer_n_evaluations[place],
+            converged=self.layer_converged[place],
         )
 
     def __iter__(self) -> Iterator[str]:
@@ -199,3 +210,13 @@ def _layer_mode(mode: str) -> str:
     if mode not in ("independent", "joint"):
         raise ValueError(f'layer_mode: expected "independent" or "joint", got {mode!r}')
     return mode
+
+
+def _sum_of_known(counts: Sequence[int | None]) -> int | None:
+    known = [count for count in counts if count is not None]
+    return sum(known) if known else None
+
+
+def _all_of_known(flags: Sequence[bool | None]) -> bool | None:
+    known = [flag for flag in flags if flag is not None]
+    return all(known) if known else None

@@ -56,6 +56,8 @@ class LLMAttributionResult(CaptumLLMAttributionResult):
             a path. Sundararajan et al. 2017, https://arxiv.org/abs/1703.01365.
         hidden_attr: attribution before it was summed over hidden units, shape (n_output, n_input,
             hidden), or (1, n_input, hidden) for the sequence alone; None (default) if not kept.
+        n_evaluations: points of the path whose gradient was taken, or None (default).
+        converged: whether adaptive quadrature met its tolerance, or None (default).
 
     Raises:
         ValueError: a shape does not fit the tokens.
@@ -88,7 +90,10 @@ class LLMAttributionResult(CaptumLLMAttributionResult):
         inp: InterpretableInput | None = None,
         convergence_delta: Tensor | None = None,
         hidden_attr: Tensor | None = None,
+        n_evaluations: int | None = None,
+        converged: bool | None = None,
     ) -> None:
+        self.n_evaluations, self.converged = n_evaluations, converged
         super().__init__(
             input_tokens=token_list("input_tokens", input_tokens),
             output_tokens=token_list("output_tokens", output_tokens),

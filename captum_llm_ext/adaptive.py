@@ -1,0 +1,149 @@
+"""Adaptive quadrature of a path: halve the intervals whose attributions miss the score difference.
+
+In exact arithmetic the attributions of an interval sum to the score at its end less the score at
+its start (completeness, Sundararajan et al. 2017, https://arxiv.org/abs/1703.01365). The scores
+are cheap and exact, so the mismatch says where the path is not smooth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from captum_llm_ext.layers import Site
+from captum_llm_ext.path import FIRST_INTERVALS, POINTS
+from captum_llm_ext.path_walk import PathWalk
+from captum_llm_ext.totals import LayerTotal
+
+LEAST_DIFFERENCE = 1e-3  # a smaller score difference is taken for this one
+
+
+@dataclass
+class Interval:
+    """A part of the path, its attributions, and the scores (n,) at its ends."""
+
+    start: float
+    stop: float
+    totals: dict[Site, LayerTotal]
+    score_start: Tensor
+    score_stop: Tensor
+
+    @property
+    def middle(self) -> float:
+        return (self.start + self.stop) / 2
+
+    def mismatch(self, targets: slice | None) -> Tensor:
+        """By how much the attributions of `targets`, or else of the sequence, miss the score
+        difference, (n,)."""
+        sums = [
+            total.sequence.sum()[None] if targets is None else total.tokens[targets].sum(1)
+            for total in self.totals.values()
+        ]
+        difference = self.score_stop - self.score_start
+        return torch.stack(sums).sum(0) - difference.to(sums[0].device)
+
+
+def walk_adaptively(path: PathWalk, totals: Mapping[Site, LayerTotal]) -> None:
+    """Add the path's attributions to the totals, to the rule's tolerance or its row budget.
+
+    The tolerance is on the summed mismatch of the intervals, relative to the difference of the
+    sequence score; an interval's mismatch is that of the sequence or of its worst target token,
+    whichever is larger.
+    """
+    tolerance, budget = path.rule.tolerance or 0.0, path.rule.max_rows
+    edges = torch.linspace(0, 1, FIRST_INTERVALS + 1)
+    scores = path.scores(edges)
+    intervals = _measure(path, totals, list(pairwise(edges.tolist())), list(pairwise(scores)))
+    n_rows = POINTS * len(intervals)
+    difference = (path.at_ends[1] - path.at_ends[0]).sum().abs()
+    allowed = tolerance * max(float(difference), LEAST_DIFFERENCE)
+    while True:
+        errors = [_error(interval, path) for interval in intervals]
+        converged = sum(errors) <= allowed
+        worst = _worst(errors, allowed, path.plan.rows, (budget - n_rows) // (2 * POINTS))
+        if converged or not worst:
+            break
+        halves = _halved(path, totals, [intervals[i] for i in worst])
+        n_rows += POINTS * len(halves)
+        intervals = [x for i, x in enumerate(intervals) if i not in worst] + halves
+    _add_up(path, totals, intervals, n_rows, converged)
+
+
+def _measure(
+    path: PathWalk,
+    like: Mapping[Site, LayerTotal],
+    edges: Sequence[tuple[float, float]],
+    scores: Sequence[tuple[Tensor, Tensor]],
+) -> list[Interval]:
+    """The intervals between these edges, with the scores there, and their attributions."""
+    intervals = [
+        Interval(*ends, {site: like[site].empty() for site in path.chain}, *at_ends)
+        for ends, at_ends in zip(edges, scores, strict=True)
+    ]
+    _add_gradients(path, intervals)
+    return intervals
+
+
+def _halved(
+    path: PathWalk, like: Mapping[Site, LayerTotal], parents: Sequence[Interval]
+) -> list[Interval]:
+    """Both halves of each interval."""
+    middles = path.scores(torch.tensor([parent.middle for parent in parents]))
+    edges, scores = [], []
+    for parent, score in zip(parents, middles, strict=True):
+        edges += [(parent.start, parent.middle), (parent.middle, parent.stop)]
+        scores += [(parent.score_start, score), (score, parent.score_stop)]
+    return _measure(path, like, edges, scores)
+
+
+def _add_gradients(path: PathWalk, intervals: Sequence[Interval]) -> None:
+    nodes, weights = np.polynomial.legendre.leggauss(POINTS)
+    at_once = max(1, path.plan.rows // POINTS)
+    for i in range(0, len(intervals), at_once):
+        chunk = intervals[i : i + at_once]
+        points = [x.middle + (x.stop - x.start) / 2 * nodes for x in chunk]
+        shares = [(x.stop - x.start) / 2 * weights for x in chunk]
+        path.add_rows(_floats(points), _floats(shares), [x.totals for x in chunk])
+
+
+def _floats(arrays: Sequence[np.ndarray]) -> Tensor:
+    return torch.tensor(np.concatenate(arrays), dtype=torch.float32)
+
+
+def _error(interval: Interval, path: PathWalk) -> float:
+    targets = slice(path.span.start, path.span.stop) if path.plan.per_token else None
+    mismatch = interval.mismatch(targets)
+    return float(torch.maximum(mismatch.sum().abs(), mismatch.abs().max()))
+
+
+def _worst(errors: Sequence[float], allowed: float, rows: int, affordable: int) -> list[int]:
+    """Which intervals to halve: the worst, until the rest would do, as many as fit into a pass."""
+    most = min(affordable, max(1, rows // (2 * POINTS)))
+    order = sorted(range(len(errors)), key=lambda i: -errors[i])
+    left = sum(errors)
+    chosen: list[int] = []
+    for i in order[: max(0, most)]:
+        if left <= allowed / 2:
+            break
+        chosen.append(i)
+        left -= errors[i]
+    return chosen
+
+
+def _add_up(
+    path: PathWalk,
+    totals: Mapping[Site, LayerTotal],
+    intervals: Sequence[Interval],
+    n_rows: int,
+    converged: bool,
+) -> None:
+    for site in path.chain:
+        for interval in sorted(intervals, key=lambda x: x.start):
+            totals[site].add_total(interval.totals[site])
+        totals[site].n_evaluations += n_rows
+        totals[site].converged = converged and totals[site].converged is not False

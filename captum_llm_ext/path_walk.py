@@ -1,0 +1,140 @@
+"""The straight path from a layer's baseline to its value: scores and gradients along it."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from captum_llm_ext.hooks import LayerState, reading, replaying, writing
+from captum_llm_ext.layers import Site
+from captum_llm_ext.methods import PathRule
+from captum_llm_ext.model_pass import Pass, TargetSpan, TeacherForcing
+from captum_llm_ext.totals import LayerTotal, Plan
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The model's blocks, what each returned at the input, and the scores (len(span),) there."""
+
+    modules: list[nn.Module]
+    outputs: list[Any]
+    scores: Tensor
+
+
+@dataclass
+class PathWalk:
+    """The straight path of one or several layers together, at the rule's points."""
+
+    forcing: TeacherForcing
+    span: TargetSpan
+    rule: PathRule
+    plan: Plan
+    blocks: Blocks
+    ends: Mapping[Site, LayerState]
+    starts: Mapping[Site, Tensor]
+    chain: Sequence[Site]
+
+    def __post_init__(self) -> None:
+        self.replayed, self.at_ends = self._scored_ends()
+
+    def walk(self, totals: Mapping[Site, LayerTotal]) -> None:
+        """Add the attributions at the rule's points to the totals."""
+        chunks = math.ceil(len(self.rule.points) / self.plan.rows)
+        points = torch.tensor(self.rule.points).tensor_split(chunks)
+        weights = torch.tensor(self.rule.weights).tensor_split(chunks)
+        for alphas, shares in zip(points, weights, strict=True):
+            self.add_rows(alphas, shares, [totals])
+        for site in self.chain:
+            totals[site].n_evaluations += len(self.rule.points)
+
+    def add_rows(
+        self, alphas: Tensor, shares: Tensor, totals: Sequence[Mapping[Site, LayerTotal]]
+    ) -> None:
+        """Add gradients at `alphas` with weights `shares`, as many rows to each of the totals."""
+        values, factors = {}, {}
+        for site in self.chain:
+            values[site], difference = self._values(site, alphas)
+            share = _over_rows(shares, difference)
+            factors[site] = share * difference if self.rule.multiply else share
+        with writing(values), reading(self.chain) as read:
+            scored = self._run(len(alphas), self.replayed, self.chain)
+        wrt = [read[site] for site in self.chain]
+        for output, gradients in scored.gradients(
+            wrt, self.plan.per_token, **self.plan.grad_kwargs
+        ):
+            for site, gradient in zip(self.chain, gradients, strict=True):
+                products = factors[site] * gradient.float()
+                for total, part in zip(totals, products.chunk(len(totals)), strict=True):
+                    total[site].add(output, part.sum(0))
+        self.plan.advance(len(alphas))
+
+    @torch.no_grad()
+    def scores(self, alphas: Tensor) -> Tensor:
+        """Scores (rows, n) at the points: of the span's tokens, or of the sequence alone."""
+        found = []
+        for chunk in alphas.split(self.plan.rows):
+            with writing({site: self._values(site, chunk)[0] for site in self.chain}):
+                found.append(self.asked_scores(self._run(len(chunk), self.replayed)))
+        return torch.cat(found)
+
+    def asked_scores(self, scored: Pass) -> Tensor:
+        return scored.token_scores() if self.plan.per_token else scored.sequence_score()[:, None]
+
+    def _values(self, site: Site, alphas: Tensor) -> tuple[Tensor, Tensor]:
+        """The layer's values (rows, …) at the points, and their difference (rows or 1, …)."""
+        start = self.starts[site].float()
+        difference = self.ends[site].tensor.float() - start
+        if self.rule.stdev:
+            noise = torch.randn(len(alphas), *difference.shape[1:]).to(difference)
+            difference = difference + self.rule.stdev * noise
+        return start + _over_rows(alphas, difference) * difference, difference
+
+    def _run(self, rows: int, replayed: int, chain: Sequence[Site] = ()) -> Pass:
+        ids = self.forcing.ids[:, : self.forcing.length(self.span)].expand(rows, -1)
+        state = self.blocks.outputs[replayed - 1] if replayed else None
+        with replaying(self.blocks.modules[:replayed], state, rows):
+            return self.forcing.run(ids, self.span, chain)
+
+    @torch.no_grad()
+    def _scored_ends(self) -> tuple[int, Tensor]:
+        """How many blocks can be replayed, and the scores (2, n) at the path's start and end.
+
+        Replay is right where the path's end has the model's own scores, and else left out: some
+        models pass more from block to block than a block's output.
+        """
+        ends = {s: torch.cat([self.starts[s], self.ends[s].tensor]) for s in self.chain}
+        replayed = min(self.ends[site].blocks_before for site in self.chain)
+        with writing(ends):
+            scored = self._run(2, replayed)
+            if replayed and not self._is_models_own(scored):
+                logger.info("blocks cannot be replayed in this model: running all of them")
+                replayed, scored = 0, self._run(2, 0)
+        return replayed, self.asked_scores(scored)
+
+    def _is_models_own(self, scored: Pass) -> bool:
+        scores = scored.token_scores()[1]
+        tolerance = 1e-3 if scored.logits.dtype in (torch.float32, torch.float64) else 5e-2
+        allowed = tolerance * self.blocks.scores.abs().clamp(min=1)
+        return bool(((scores - self.blocks.scores).abs() <= allowed).all())
+
+    def add_difference(self, total: LayerTotal) -> None:
+        """Add score(end) − score(start) of the span's tokens, or of the sequence alone."""
+        per_token = self.plan.per_token
+        place = slice(self.span.start, self.span.stop) if per_token else slice(0, 1)
+        if total.score_difference is None:
+            n_output = len(self.forcing.target) if per_token else 1
+            total.score_difference = torch.zeros(n_output, device=total.tokens.device)
+        difference = self.at_ends[1] - self.at_ends[0]
+        total.score_difference[place] += difference.to(total.tokens.device)
+
+
+def _over_rows(values: Tensor, like: Tensor) -> Tensor:
+    return values.to(like).reshape(-1, *[1] * (like.dim() - 1))

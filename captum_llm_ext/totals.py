@@ -1,0 +1,88 @@
+"""What is asked for, and the attributions of a layer as they add up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from captum_llm_ext.methods import NORMS
+from captum_llm_ext.model_pass import TeacherForcing
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is asked for besides the method: the caller's options, read once."""
+
+    per_token: bool = True
+    joint: bool = False
+    keep_hidden: bool = False
+    rows: int = 1
+    causal: bool = True
+    grad_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    advance: Callable[[int], Any] = lambda rows: None  # told how many rows were differentiated
+
+
+class LayerTotal:
+    """A layer's attributions, summed over rows and passes.
+
+    tokens: (n_output, length) per target token, combined over hidden units; sequence: (length,
+    hidden) of the sequence score, or (length, 1) where only the sum over hidden units is needed;
+    hidden: (n_output, length, hidden) or None; score_difference: (n_output,) or (1,) between the
+    ends of the path, or None; n_evaluations: path points whose gradient was taken; converged:
+    whether adaptive quadrature met its tolerance, or None.
+    """
+
+    def __init__(self, forcing: TeacherForcing, norm: str, plan: Plan, width: int) -> None:
+        n_output, length = len(forcing.target), forcing.ids.size(1)
+        device = forcing.ids.device
+        self.norm = norm
+        self.keeps_hidden = plan.keep_hidden or norm != "sum"
+        self.is_additive = forcing.target.is_additive
+        self.tokens = torch.zeros(n_output, length, device=device)
+        self.sequence = torch.zeros(length, width if self.keeps_hidden else 1, device=device)
+        keep = plan.keep_hidden and plan.per_token
+        self.hidden = torch.zeros(n_output, length, width, device=device) if keep else None
+        self.score_difference: Tensor | None = None
+        self.n_evaluations = 0
+        self.converged: bool | None = None
+
+    @classmethod
+    def mean(cls, totals: Sequence[LayerTotal]) -> LayerTotal:
+        """The mean over trials."""
+        mean = copy(totals[0])
+        for name in ("tokens", "sequence", "hidden", "score_difference"):
+            if getattr(mean, name) is not None:
+                setattr(mean, name, torch.stack([getattr(t, name) for t in totals]).mean(0))
+        return mean
+
+    def empty(self) -> LayerTotal:
+        """A total of the same layer with nothing added yet."""
+        new = copy(self)
+        for name in ("tokens", "sequence", "hidden"):
+            if getattr(new, name) is not None:
+                setattr(new, name, torch.zeros_like(getattr(new, name)))
+        return new
+
+    def add_total(self, other: LayerTotal) -> None:
+        """Add the attributions of another total of the same layer."""
+        for name in ("tokens", "sequence", "hidden"):
+            if getattr(self, name) is not None:
+                getattr(self, name).add_(getattr(other, name))
+
+    def add(self, output: int | None, part: Tensor) -> None:
+        """Add (positions, …) of target token `output`, or of the sequence where that is None."""
+        end = part.size(0)
+        part = part.reshape(end, -1).to(self.tokens.device, torch.float32)
+        part = part if self.keeps_hidden else part.sum(-1, keepdim=True)
+        if output is None or self.is_additive:
+            self.sequence[:end] += part
+        if output is None:
+            return
+        self.tokens[output, :end] += NORMS[self.norm](part)
+        if self.hidden is not None:
+            self.hidden[output, :end] += part

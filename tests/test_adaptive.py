@@ -1,0 +1,124 @@
+"""Adaptive quadrature meets its tolerance, against a dense fixed rule, or says that it did not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from captum.attr import LayerIntegratedGradients
+
+from captum_llm_ext import LLMGradientAttribution
+from tests.cases import prompt_input, target_ids
+from tests.families import BidirectionalToy, tiny_model, tiny_tokenizer
+
+
+def integrated(model: Any, layer: Any, **options: Any) -> Any:
+    method = LayerIntegratedGradients(model, layer)
+    attribution = LLMGradientAttribution(method, tiny_tokenizer())
+    return attribution.attribute(prompt_input(), **{"target": target_ids(3), **options})
+
+
+@pytest.mark.parametrize("per_token", [True, False])
+@pytest.mark.parametrize("layer", ["model.embed_tokens", "model.layers.1.mlp", "model.layers.2"])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_agrees_with_a_dense_rule(family: str, layer: str, per_token: bool) -> None:
+    model = tiny_model(family)
+    options = {"include_per_token_attr": per_token}
+    dense = integrated(model, layer, n_steps=600, **options)
+    result = integrated(model, layer, method="adaptive", tol=0.01, **options)
+    assert result.converged is True
+    assert result.n_evaluations >= 24
+    scale = dense.seq_attr.abs().max()
+    assert (result.seq_attr - dense.seq_attr).abs().max() <= 0.03 * scale
+    if per_token:
+        assert (result.token_attr - dense.token_attr).abs().max() <= 0.03 * scale
+
+
+@pytest.mark.parametrize("tol", [0.2, 0.05, 0.01])
+def test_delta_is_within_the_tolerance(tol: float) -> None:
+    model = tiny_model("llama")
+    dense = integrated(model, "model.layers.2", n_steps=600)
+    result = integrated(model, "model.layers.2", method="adaptive", tol=tol)
+    # On a block's output the sums over all positions are the score differences themselves.
+    difference = (result.token_attr.sum(1) - result.convergence_delta).sum()
+    assert abs(float(result.convergence_delta.sum())) <= tol * abs(float(difference)) + 1e-5
+    assert result.converged
+    assert dense.converged is None
+
+
+def test_a_budget_that_ends_first_is_said() -> None:
+    model = tiny_model("llama")
+    with pytest.warns(UserWarning, match="max_rows"):
+        result = integrated(model, "model.embed_tokens", method="adaptive", tol=1e-9, max_rows=40)
+    assert result.converged is False
+    assert 24 <= result.n_evaluations <= 40
+
+
+def test_tighter_tolerance_takes_more_points() -> None:
+    model = tiny_model("llama")
+    counts = [
+        integrated(model, "model.embed_tokens", method="adaptive", tol=tol).n_evaluations
+        for tol in (0.5, 0.001)
+    ]
+    assert counts[0] < counts[1]
+
+
+def test_repeats_to_the_bit() -> None:
+    model = tiny_model("llama")
+    first, second = (
+        integrated(model, "model.embed_tokens", method="adaptive", internal_batch_size=7)
+        for _ in range(2)
+    )
+    assert torch.equal(first.token_attr, second.token_attr)
+
+
+def test_each_layer_of_a_list_is_as_if_alone() -> None:
+    model = tiny_model("llama")
+    names = ["model.layers.0.mlp", "model.layers.2.self_attn.q_proj"]
+    result = integrated(model, names, method="adaptive")
+    for name in names:
+        alone = integrated(model, name, method="adaptive")
+        torch.testing.assert_close(result[name].token_attr, alone.token_attr)
+        assert result[name].n_evaluations == alone.n_evaluations
+        assert result[name].converged is True
+    assert result.converged is True
+
+
+def test_token_by_token_model_and_hidden_units() -> None:
+    model = BidirectionalToy()
+    dense = integrated(model, "layer", n_steps=400, include_hidden_attr=True)
+    result = integrated(model, "layer", method="adaptive", tol=0.01, include_hidden_attr=True)
+    assert result.hidden_attr.shape == dense.hidden_attr.shape
+    scale = dense.hidden_attr.abs().max()
+    assert (result.hidden_attr - dense.hidden_attr).abs().max() <= 0.05 * scale
+
+
+def test_baseline_equal_to_the_input_is_zero_without_a_division() -> None:
+    model, inp = tiny_model("llama"), prompt_input()
+    result = integrated(model, "model.embed_tokens", method="adaptive", baselines=inp.inp_tensor[0])
+    assert torch.equal(result.token_attr, torch.zeros_like(result.token_attr))
+    assert result.converged is True
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"tol": 0.0}, "tol"),
+        ({"max_rows": 3}, "max_rows"),
+        ({"n_steps": 5}, "n_steps"),
+        ({"method": "gausslegendre", "tol": 0.1}, "adaptive"),
+    ],
+)
+def test_options_without_a_meaning(options: dict[str, Any], word: str) -> None:
+    with pytest.raises(ValueError, match=word):
+        integrated(tiny_model("llama"), "model.embed_tokens", **{"method": "adaptive", **options})
+
+
+def test_local_attribution_has_no_sums_to_check() -> None:
+    model = tiny_model("llama")
+    method = LayerIntegratedGradients(model, model.model.embed_tokens, multiply_by_inputs=False)
+    with pytest.raises(ValueError, match="multiply_by_inputs"):
+        LLMGradientAttribution(method, tiny_tokenizer()).attribute(
+            prompt_input(), target=target_ids(2), method="adaptive"
+        )
