@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from captum_llm_ext.compat import InterpretableInput
-from captum_llm_ext.hooks import embeddings
+from captum_llm_ext.hooks import known_token_embedding, token_embedding
 
 SPECIAL_BASELINES = ("pad", "eos", "unk")
 EMBEDDING_BASELINES = ("zero", "mean")
@@ -52,6 +53,9 @@ def path_start(
         baselines = _named_embedding(baselines, model)
     if not isinstance(baselines, Tensor):
         raise TypeError(f"expected a tensor of embeddings, got {type(baselines).__name__}")
+    width = token_embedding(model).weight.size(1)  # type: ignore[operator]
+    if baselines.size(-1) != width:
+        raise ValueError(f"baseline embeddings must be {width} wide, got {tuple(baselines.shape)}")
     return PathStart(ids, replaced, _per_position(baselines.to(ids.device), replaced, 1))
 
 
@@ -62,14 +66,16 @@ def baseline_ids(
 
     Only those in `replaced` (length,) count. Raises ValueError for a baseline that is no token.
     """
-    if nearest := _nearest_rank(baselines):
+    if (nearest := _nearest_rank(baselines)) is not None:
         return nearest_ids(ids, nearest, model)
     if isinstance(baselines, str) and baselines not in EMBEDDING_BASELINES:
         baselines = token_id(baselines, tokenizer)
-    if isinstance(baselines, int):
-        _check_id(baselines, model)
-        return torch.full_like(ids, baselines)
+    if isinstance(baselines, Integral):
+        _check_id(int(baselines), model)
+        return torch.full_like(ids, int(baselines))
     if isinstance(baselines, Tensor) and not baselines.is_floating_point():
+        for token in baselines.flatten().tolist():
+            _check_id(token, model)
         return _per_position(baselines.long().to(ids.device), replaced, 0)
     kind = ValueError if _is_embedding(baselines) else TypeError
     raise kind(
@@ -80,9 +86,9 @@ def baseline_ids(
 
 def nearest_ids(ids: Tensor, rank: int, model: nn.Module) -> Tensor:
     """For each of `ids` (length,) the `rank`-th nearest other token by cosine of the embeddings."""
-    weight: Tensor = embeddings(model)[0].weight  # type: ignore[assignment]
-    if not 1 <= rank < len(weight):
-        raise ValueError(f"the rank of 'nearest' must be in 1…{len(weight) - 1}, got {rank}")
+    weight: Tensor = token_embedding(model).weight  # type: ignore[assignment]
+    if not (isinstance(rank, int) and 1 <= rank < len(weight)):
+        raise ValueError(f"the rank of 'nearest' must be in 1…{len(weight) - 1}, got {rank!r}")
     unit = torch.nn.functional.normalize(weight.detach().float(), dim=-1)
     index = ids.to(unit.device)
     cosine = unit[index] @ unit.T
@@ -133,14 +139,14 @@ def token_id(name: str, tokenizer: Any) -> int:
 
 
 def _check_id(token: int, model: nn.Module) -> None:
-    size = getattr(next(iter(embeddings(model)), None), "num_embeddings", None)
+    size = getattr(known_token_embedding(model), "num_embeddings", None)
     if token < 0 or (size is not None and token >= size):
-        raise ValueError(f"the baseline id must be in 0…{(size or 1) - 1}, got {token}")
+        raise ValueError(f"the baseline ids must be in the vocabulary of {size}, got {token}")
 
 
 def _named_embedding(name: str, model: nn.Module) -> Tensor:
     """The zero vector, or the mean of all token embeddings, (hidden,), as the model embeds them."""
-    embedding = next(iter(embeddings(model)))
+    embedding = token_embedding(model)
     weight: Tensor = embedding.weight  # type: ignore[assignment]
     chunks = torch.arange(weight.size(0), device=weight.device).split(8192)
     with torch.no_grad():
@@ -155,6 +161,9 @@ def _per_position(values: Tensor, replaced: Tensor, value_dims: int) -> Tensor:
     if values.dim() == value_dims + 2 and values.size(0) == 1:
         values = values[0]
     length, count = len(replaced), int(replaced.sum())
+    last = int(replaced.nonzero().max()) + 1  # of a prompt, whose target is not replaced
+    if values.dim() == value_dims + 1 and last <= len(values) < length:
+        values = torch.cat([values, values.new_zeros(length - len(values), *values.shape[1:])])
     if values.dim() == value_dims:
         return values.expand(length, *values.shape)
     if values.dim() == value_dims + 1 and len(values) == length:

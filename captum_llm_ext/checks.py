@@ -7,13 +7,13 @@ import warnings
 import torch
 from torch import nn
 
-from captum_llm_ext.hooks import embeddings, evaluating
+from captum_llm_ext.hooks import evaluating, known_token_embedding
 from captum_llm_ext.model_pass import Pass, TeacherForcing
 
 
 def check_ids(forcing: TeacherForcing) -> None:
     """Refuse token ids that the model has no embedding for."""
-    size = getattr(next(iter(embeddings(forcing.model)), None), "num_embeddings", None)
+    size = getattr(known_token_embedding(forcing.model), "num_embeddings", None)
     contrast = forcing.target.contrast
     ids = [forcing.prompt_ids[0], forcing.target.ids, *([] if contrast is None else [contrast])]
     wrong = [int(i) for i in torch.cat(ids) if i < 0 or (size is not None and i >= size)]
@@ -53,11 +53,24 @@ def probed(forcing: TeacherForcing, use_cache: bool = False) -> Pass:
         return forcing.probe(use_cache)
 
 
-def check_causal(forcing: TeacherForcing, probe: Pass) -> bool:
-    """Whether one pass can score all target tokens; says so when it cannot."""
+def check_finite(probe: Pass) -> None:
+    """Refuse scores that are no numbers, from which nothing can be attributed."""
+    if not probe.token_scores().isfinite().all():
+        raise ValueError(
+            f"the model's scores are not finite in {probe.logits.dtype}: load it in bfloat16 or "
+            "float32, and check that the target's tokens can be generated at all"
+        )
+
+
+def check_causal(forcing: TeacherForcing, probe: Pass, product: bool = True) -> bool:
+    """Whether one pass can score all target tokens; says so when it cannot.
+
+    product: whether a product of probabilities must come from one pass.
+    """
+    check_finite(probe)
     if probe.is_causal():
         return True
-    if not forcing.target.is_additive:
+    if product and not forcing.target.is_additive:
         raise ValueError(
             "attr_target='prob' needs a causal model for a target of several tokens, and here "
             "a later token changes earlier scores: use attr_target='log_prob' or one target token"

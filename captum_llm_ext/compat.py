@@ -38,15 +38,19 @@ from captum.attr._utils.interpretable_input import (
 from captum.attr._utils.interpretable_input import (
     TextTokenInput as CaptumTextTokenInput,
 )
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 __all__ = [
     "DEFAULT_GEN_ARGS",
     "FIXED_RULES",
     "Attribution",
     "BaseLLMAttribution",
+    "Cache",
     "CaptumLLMAttribution",
     "CaptumLLMGradientAttribution",
     "CaptumTextTokenInput",
+    "DynamicLayer",
+    "DynamicSlidingWindowLayer",
     "GradientAttribution",
     "ImageMaskInput",
     "InterpretableInput",

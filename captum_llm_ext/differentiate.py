@@ -14,8 +14,8 @@ from captum_llm_ext.baselines import PathStart
 from captum_llm_ext.hooks import (
     LayerState,
     embedding_leaves,
-    embeddings,
     reading,
+    token_embedding,
     tracing,
     writing,
 )
@@ -36,8 +36,7 @@ def attribute_layers(
         ids = forcing.ids[:, : forcing.length(span)]
         ends, blocks = _trace(forcing, span, sites, ids)
         for site in sites:
-            width = ends[site].tensor[0, 0].numel() if ends[site].depends_on_tokens else 0
-            totals.setdefault(site, LayerTotal(forcing, rule.norm, plan, width))
+            totals.setdefault(site, LayerTotal(forcing, rule, plan, ends[site].tensor))
         alive = [site for site in sites if ends[site].depends_on_tokens]
         if not alive:
             continue
@@ -66,10 +65,13 @@ def _trace(
 def _check_state(site: Site, state: LayerState | None, ids: Tensor) -> None:
     if state is None:
         raise ValueError(f"layer {site.name!r} does not run in the model's forward pass")
-    if state.depends_on_tokens and state.tensor.shape[:2] != ids.shape:
+    shape = state.tensor.shape
+    # With as many heads as tokens, (1, heads, sequence, width) would be taken for tokens.
+    unclear = len(shape) > 3 and shape[1] == shape[2]
+    if state.depends_on_tokens and (shape[:2] != ids.shape or unclear):
         raise ValueError(
             f"expected layer {site.name!r} to hold a tensor (batch, sequence, …) with "
-            f"{tuple(ids.shape)} first, got {tuple(state.tensor.shape)}; choose another layer"
+            f"{tuple(ids.shape)} first, got {tuple(shape)}; choose another layer"
         )
 
 
@@ -87,7 +89,7 @@ def _start_states(
 
 
 def _replaced_embeddings(model: nn.Module, ids: Tensor, start: PathStart) -> Any:
-    site = Site("input embedding", embeddings(model)[0])
+    site = Site("input embedding", token_embedding(model))
     with torch.no_grad():
         embedded = site.module(ids)
     mask = start.replaced[: ids.size(1), None].to(embedded.device)

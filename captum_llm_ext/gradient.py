@@ -34,10 +34,10 @@ from captum_llm_ext.compat import (
     InterpretableInput,
 )
 from captum_llm_ext.differentiate import attribute_layers
-from captum_llm_ext.hooks import embeddings, frozen_parameters
+from captum_llm_ext.hooks import frozen_parameters, input_device, without_checkpointing
 from captum_llm_ext.inputs import Features, read_features
 from captum_llm_ext.layers import Site, resolve_sites
-from captum_llm_ext.methods import RULES, PathRule, Rule, is_random, read_rule
+from captum_llm_ext.methods import RULES, PathRule, Rule, read_rule
 from captum_llm_ext.model_pass import TeacherForcing, tokens_per_pass
 from captum_llm_ext.result import LLMAttributionResult
 from captum_llm_ext.targets import (
@@ -166,10 +166,10 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
             active, and when the model is not causal.
         """
         with _differentiable(self.model):
-            _check_choices(layer_mode, num_trials, internal_batch_size)
+            _check_choices(layer_mode, num_trials, internal_batch_size, grad_kwargs)
             rule = read_rule(self.attr_method, method_options)
             warn_of_dropout(self.model)
-            features = read_features(inp, self._input_device())
+            features = read_features(inp, input_device(self.model, self.device))
             forcing = self._teacher_forcing(inp, features, target, gen_args, contrast_target)
             check_ids(forcing)
             check_context(forcing)
@@ -186,19 +186,10 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
             )
             sites = [replace(site, at_input=attribute_to_layer_input) for site in self._sites]
             start = self._path_start(rule, baselines, inp, features, forcing)
-            job = _Job(forcing, sites, start, plan)
-            totals = job.run(
-                lambda: read_rule(self.attr_method, method_options),
-                num_trials if is_random(rule) else 1,
-                show_progress,
-            )
+            trials = num_trials if isinstance(rule, PathRule) and rule.is_random else 1
+            more = [read_rule(self.attr_method, method_options) for _ in range(trials - 1)]
+            totals = _Job(forcing, sites, start, plan).run([rule, *more], show_progress)
             return self._result(totals, features, tokens, inp, plan, layer_mode)
-
-    def _input_device(self) -> torch.device:
-        """Where the ids go: with the embeddings, also when a model is spread over devices."""
-        weight = getattr(next(iter(embeddings(self.model)), None), "weight", None)
-        device = weight.device if isinstance(weight, Tensor) else torch.device(self.device)
-        return torch.device(self.device) if device.type == "meta" else device
 
     def _teacher_forcing(
         self,
@@ -256,9 +247,8 @@ class _Job:
     start: PathStart | None
     plan: Plan
 
-    def run(self, new_rule: Any, trials: int, show_progress: bool) -> Mapping[Site, LayerTotal]:
-        """Attributions by site, averaged over trials, each with a rule drawn anew."""
-        rules = [new_rule() for _ in range(trials)]
+    def run(self, rules: Sequence[Rule], show_progress: bool) -> Mapping[Site, LayerTotal]:
+        """Attributions by site, averaged over the trials' rules."""
         with tqdm(total=sum(map(self._rows, rules)), disable=not show_progress) as bar:
             plan = replace(self.plan, advance=bar.update)
             runs = [
@@ -280,11 +270,24 @@ class _Job:
 @contextmanager
 def _differentiable(model: torch.nn.Module) -> Iterator[None]:
     """Gradients of activations and not of weights, whatever mode the caller is in."""
-    with torch.inference_mode(False), torch.enable_grad(), frozen_parameters(model):
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        frozen_parameters(model),
+        without_checkpointing(model),
+    ):
         yield
 
 
-def _check_choices(layer_mode: str, num_trials: int, internal_batch_size: int | None) -> None:
+def _check_choices(
+    layer_mode: str,
+    num_trials: int,
+    internal_batch_size: int | None,
+    grad_kwargs: Mapping[str, Any] | None,
+) -> None:
+    reserved = {"retain_graph", "grad_outputs", "outputs", "inputs"} & set(grad_kwargs or {})
+    if reserved:
+        raise ValueError(f"grad_kwargs cannot set {', '.join(sorted(reserved))}")
     if layer_mode not in LAYER_MODES:
         raise ValueError(f"layer_mode must be one of {', '.join(LAYER_MODES)}; got {layer_mode!r}")
     check_counts(num_trials=num_trials, internal_batch_size=internal_batch_size)

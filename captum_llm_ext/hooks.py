@@ -31,6 +31,19 @@ def frozen_parameters(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def without_checkpointing(model: nn.Module) -> Iterator[None]:
+    """No gradient checkpointing: inside it hooks see no gradients."""
+    found = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False) is True]
+    try:
+        for module in found:
+            module.gradient_checkpointing = False  # type: ignore[assignment]
+        yield
+    finally:
+        for module in found:
+            module.gradient_checkpointing = True  # type: ignore[assignment]
+
+
+@contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """No dropout: every module in evaluation mode for a while."""
     training = [module for module in model.modules() if module.training]
@@ -176,20 +189,45 @@ def embedding_leaves(model: nn.Module, ids: Tensor) -> Iterator[list[Tensor]]:
     def make_leaf(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         if not (args and _is_ids(args[0], ids) and torch.is_grad_enabled()):
             return None
-        leaves.append(output.detach().requires_grad_())
-        return leaves[-1]
+        # An embedding inside a wrapper, as of LoRA, has its leaf already.
+        leaf = output if output.requires_grad else output.detach().requires_grad_()
+        leaves.append(leaf)
+        return leaf
 
     with ExitStack() as stack:
-        for module in embeddings(model):
+        named = _named_by_model(model, "get_input_embeddings")
+        found = [m for m in model.modules() if isinstance(m, nn.Embedding) or m is named]
+        for module in found:
             stack.callback(module.register_forward_hook(make_leaf).remove)
         yield leaves
 
 
-def embeddings(model: nn.Module) -> list[nn.Module]:
-    """Every embedding of the model, the input embedding first."""
-    found: list[nn.Module] = [m for m in model.modules() if isinstance(m, nn.Embedding)]
-    first = _named_by_model(model, "get_input_embeddings")
-    return found if first is None else [first, *(m for m in found if m is not first)]
+def token_embedding(model: nn.Module) -> nn.Module:
+    """The embedding of the token ids.
+
+    Raises ValueError where the model does not name it and has several.
+    """
+    found = known_token_embedding(model)
+    if found is None:
+        raise ValueError(
+            f"cannot tell which embedding of {type(model).__name__} is that of the tokens: give "
+            "the model a get_input_embeddings(), or use a token id as the baseline"
+        )
+    return found
+
+
+def known_token_embedding(model: nn.Module) -> nn.Module | None:
+    """The embedding that the model names, or its only one, or None."""
+    named = _named_by_model(model, "get_input_embeddings")
+    only = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+    return named if named is not None or len(only) != 1 else only[0]
+
+
+def input_device(model: nn.Module, default: torch.device | str) -> torch.device:
+    """Where the ids go: with the embeddings, also when a model is spread over devices."""
+    weight = getattr(known_token_embedding(model), "weight", None)
+    known = isinstance(weight, Tensor) and weight.device.type != "meta"
+    return weight.device if known else torch.device(default)  # type: ignore[union-attr]
 
 
 def output_head(model: nn.Module) -> nn.Module | None:

@@ -103,7 +103,8 @@ class PointRule:
 class PathRule:
     """Weighted gradients at points between the layer's baseline (0) and its value (1).
 
-    multiply: times input minus baseline; stdev: of Gaussian noise on the layer's value;
+    multiply: times input minus baseline; stdev: of Gaussian noise on the layer's value, drawn
+    from `seed` for each layer; is_random: whether another trial would give another result;
     is_integral: whether the attributions ought to sum to the difference of the scores; tolerance:
     relative, on that sum, of adaptive quadrature, which chooses the points itself within
     `max_rows` of them; None for the given points.
@@ -114,6 +115,8 @@ class PathRule:
     multiply: bool = True
     stdev: float = 0.0
     is_integral: bool = True
+    is_random: bool = False
+    seed: int = 0
     tolerance: float | None = None
     max_rows: int = 0
     norm: str = "sum"
@@ -167,12 +170,13 @@ def _gradient_shap(method: LayerGradientShap, *, n_samples: int = 5, stdevs: flo
     """Expected gradients, Erion et al. 2021, https://arxiv.org/abs/1906.10670."""
     if isinstance(n_samples, bool) or not isinstance(n_samples, int) or n_samples < 1:
         raise ValueError(f"n_samples must be an int >= 1, got {n_samples!r}")
-    stdev = stdevs[0] if isinstance(stdevs, tuple) else stdevs
-    if stdev < 0:
-        raise ValueError(f"stdevs must be >= 0, got {stdev}")
+    if isinstance(stdevs, bool) or not isinstance(stdevs, int | float) or stdevs < 0:
+        raise ValueError(f"stdevs must be a number >= 0, one for all layers; got {stdevs!r}")
     points = tuple(torch.rand(n_samples).tolist())
     weights = (1.0 / n_samples,) * n_samples
-    return PathRule(points, weights, method.multiplies_by_inputs, float(stdev), is_integral=False)
+    seed = int(torch.randint(2**31, ()))
+    multiply = method.multiplies_by_inputs
+    return PathRule(points, weights, multiply, float(stdevs), False, is_random=True, seed=seed)
 
 
 RULES: dict[type, tuple[Callable[..., Rule], Mapping[str, str]]] = {
@@ -201,8 +205,3 @@ def read_rule(method: GradientAttribution, options: Mapping[str, Any]) -> Rule:
             f"{type(method).__name__} does not take {', '.join(unknown)} (its own options: {known})"
         )
     return build(method, **{names[name]: value for name, value in options.items()})
-
-
-def is_random(rule: Rule) -> bool:
-    """Whether another trial would give another result."""
-    return isinstance(rule, PathRule) and not rule.is_integral and len(rule.points) > 0

@@ -44,6 +44,8 @@ class PathWalk:
 
     def __post_init__(self) -> None:
         self.replayed, self.at_ends = self._scored_ends()
+        # Each layer draws its noise as if it were alone.
+        self.noise = {s: torch.Generator().manual_seed(self.rule.seed) for s in self.chain}
 
     def walk(self, totals: Mapping[Site, LayerTotal]) -> None:
         """Add the attributions at the rule's points to the totals."""
@@ -93,7 +95,8 @@ class PathWalk:
         start = self.starts[site].float()
         difference = self.ends[site].tensor.float() - start
         if self.rule.stdev:
-            noise = torch.randn(len(alphas), *difference.shape[1:]).to(difference)
+            shape = (len(alphas), *difference.shape[1:])
+            noise = torch.randn(shape, generator=self.noise[site]).to(difference)
             difference = difference + self.rule.stdev * noise
         return start + _over_rows(alphas, difference) * difference, difference
 
@@ -129,11 +132,9 @@ class PathWalk:
         """Add score(end) − score(start) of the span's tokens, or of the sequence alone."""
         per_token = self.plan.per_token
         place = slice(self.span.start, self.span.stop) if per_token else slice(0, 1)
-        if total.score_difference is None:
-            n_output = len(self.forcing.target) if per_token else 1
-            total.score_difference = torch.zeros(n_output, device=total.tokens.device)
         difference = self.at_ends[1] - self.at_ends[0]
-        total.score_difference[place] += difference.to(total.tokens.device)
+        if total.score_difference is not None:
+            total.score_difference[place] += difference.to(total.tokens.device)
 
 
 def _over_rows(values: Tensor, like: Tensor) -> Tensor:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from copy import copy
+from copy import copy, deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -33,6 +34,7 @@ from captum_llm_ext.compat import (
     TextTemplateInput,
     default_perturb_func,
 )
+from captum_llm_ext.hooks import input_device
 from captum_llm_ext.inputs import check_template, drawn, prompt_ids, with_baselines
 from captum_llm_ext.model_pass import TeacherForcing
 from captum_llm_ext.prefix_cache import keeps_cache
@@ -46,6 +48,17 @@ from captum_llm_ext.targets import (
     output_tokens,
     target_ids,
 )
+
+# Arguments of Captum's methods that this class gives itself.
+RESERVED = {
+    "inputs",
+    "target",
+    "baselines",
+    "additional_forward_args",
+    "perturbations_per_eval",
+    "show_progress",
+    "kwargs",
+}
 
 InspectForward = Callable[[str, str, list[float]], None]
 
@@ -148,10 +161,12 @@ class LLMAttribution(CaptumLLMAttribution):
             internal_batch_size=internal_batch_size,
             n_samples=kwargs.get("n_samples"),
         )
-        self._check_method(inp)
+        self._check_method(inp, kwargs)
         if isinstance(inp, ImageMaskInput):
             if self.attr_target not in ("log_prob", "prob") or contrast_target is not None:
                 raise ValueError("an ImageMaskInput takes attr_target 'log_prob' or 'prob' alone")
+            if baselines is not None:
+                raise ValueError("the baseline of an ImageMaskInput belongs to the input itself")
             by_token = _inspect_forward is not None  # Captum inspects on that path alone
             return self._as_captum(
                 inp,
@@ -171,7 +186,7 @@ class LLMAttribution(CaptumLLMAttribution):
             forcing = self._teacher_forcing(inp, target, gen_args, contrast_target)
             tokens = output_tokens(forcing.target.ids, self.tokenizer)
             probe = probed(forcing, use_cache=reuse_prefix and keeps_cache(self.model))
-            causal = check_causal(forcing, probe)
+            causal = check_causal(forcing, probe, product=False)
             scorer = PromptScorer(forcing, probe, causal, internal_batch_size)
             kwargs["perturbations_per_eval"] = perturbations_per_eval
             known: dict[tuple[int, ...], Tensor] = {}
@@ -195,8 +210,13 @@ class LLMAttribution(CaptumLLMAttribution):
             inp=inp,
         )
 
-    def _check_method(self, inp: InterpretableInput) -> None:
+    def _check_method(self, inp: InterpretableInput, options: dict[str, Any]) -> None:
         name = type(self.attr_method).__name__
+        known = set(inspect.signature(self.attr_method.attribute).parameters) - RESERVED
+        if unknown := sorted(set(options) - known):
+            raise TypeError(
+                f"{name} does not take {', '.join(unknown)} (its own: {', '.join(sorted(known))})"
+            )
         if not isinstance(inp, self.SUPPORTED_INPUTS):
             kinds = ", ".join(kind.__name__ for kind in self.SUPPORTED_INPUTS)
             raise ValueError(f"expected one of {kinds}; got {type(inp).__name__}")
@@ -216,7 +236,8 @@ class LLMAttribution(CaptumLLMAttribution):
         gen_args: dict[str, Any] | None,
         contrast_target: str | Tensor | None,
     ) -> TeacherForcing:
-        prompt = prompt_ids(inp, None, self.tokenizer, self.device)
+        device = input_device(self.model, self.device)
+        prompt = prompt_ids(inp, None, self.tokenizer, device)
         model_inputs = {"input_ids": prompt[None]}
         ids = target_ids(self.model, self.tokenizer, model_inputs, target, gen_args)
         ids = ids.to(prompt.device, copy=True)
@@ -246,7 +267,7 @@ class LLMAttribution(CaptumLLMAttribution):
             return torch.zeros((len(rows), width) if width else len(rows), device=rows.device)
 
         with _same_random_state():
-            self._run(zeros, asked.inp, kwargs)
+            self._run(zeros, asked.inp, kwargs, rehearsal=True)
 
     def _attribute_once(
         self, asked: _Perturbations, inspect: InspectForward | None, kwargs: dict[str, Any]
@@ -263,9 +284,17 @@ class LLMAttribution(CaptumLLMAttribution):
         attr = self._run(scores, asked.inp, kwargs)
         return attr.detach().float().reshape(-1, asked.inp.n_itp_features)
 
-    def _run(self, forward: Callable[[Tensor], Tensor], inp: Any, kwargs: dict[str, Any]) -> Tensor:
+    def _run(
+        self,
+        forward: Callable[[Tensor], Tensor],
+        inp: Any,
+        kwargs: dict[str, Any],
+        rehearsal: bool = False,
+    ) -> Tensor:
         method = copy(self.attr_method)
         method.forward_func = forward
+        if rehearsal and isinstance(method, Lime):  # its surrogate must not learn from zeros
+            method.interpretable_model = deepcopy(method.interpretable_model)
         result: Tensor = method.attribute(inp.to_tensor().to(self.device), **kwargs)
         return result
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from captum_llm_ext.compat import Cache, DynamicLayer, DynamicSlidingWindowLayer
+
 
 class PrefixCache:
     """Keys and values of the first tokens of `ids` (length,), from a pass over all of them.
@@ -43,6 +45,13 @@ class PrefixCache:
                 options["logits_to_keep"] = 1
             self._grown, self._grown_to = self.model(ids, **options).past_key_values, cut
         return self._grown
+
+
+def can_be_cut(cache: Any) -> bool:
+    """Whether a cache holds keys and values alone: the states of other layers (of Mamba and the
+    like) cannot be cut back to a prefix, and some take no continuation of several tokens."""
+    kinds = (DynamicLayer, DynamicSlidingWindowLayer)
+    return isinstance(cache, Cache) and all(type(layer) in kinds for layer in cache.layers)
 
 
 def keeps_cache(model: nn.Module) -> bool:

@@ -24,11 +24,12 @@ from captum_llm_ext.model_pass import (
     tokens_per_pass,
     tolerance,
 )
-from captum_llm_ext.prefix_cache import PrefixCache, accepts
+from captum_llm_ext.prefix_cache import PrefixCache, accepts, can_be_cut
 from captum_llm_ext.targets import Target
 
 logger = logging.getLogger(__name__)
 
+MOST_ROWS = 256  # per pass, however short the prompts are
 FEWEST_REUSED = 8  # a shorter prefix costs more to keep than to compute again
 
 
@@ -79,7 +80,7 @@ class PromptScorer:
     def _ways(self) -> Iterator[Callable[[Sequence[Tensor]], Tensor]]:
         if not (self.causal and self._takes_rows()):
             return
-        if self.probe.cache is not None:
+        if can_be_cut(self.probe.cache):
             length = self.forcing.ids.size(1)
             cache = PrefixCache(self.model, self.reference, self.probe.cache, length)
             yield partial(self._in_batches, cache=cache)
@@ -98,7 +99,7 @@ class PromptScorer:
 
     def _agrees(self, found: Tensor) -> bool:
         truth = read_scores(self.probe)[0, 1]
-        allowed = 10 * tolerance(self.probe.logits.dtype) * truth.abs().max().clamp(min=1)
+        allowed = tolerance(self.probe.logits.dtype) * truth.abs().max().clamp(min=1)
         return bool((found - truth).abs().max() <= allowed)
 
     def _alone(self, prompt: Tensor) -> Tensor:
@@ -106,6 +107,7 @@ class PromptScorer:
         forcing = replace(self.forcing, prompt_ids=prompt[None])
         passes = [forcing.run(forcing.ids, s) for s in forcing.spans(False, 1, self.causal)]
         logits = torch.cat([p.logits for p in passes], dim=1)
+        self.advance(1)
         return read_scores(replace(self.probe, logits=logits))[0]
 
     def _in_batches(self, prompts: Sequence[Tensor], cache: PrefixCache | None = None) -> Tensor:
@@ -171,17 +173,22 @@ def batches(
     order = sorted(range(len(lengths)), key=lambda i: (shared[i], lengths[i]))
     best, first = [0.0], [0]
     for end in range(1, len(order) + 1):
-        options = []
+        options, longest = [], 0
         for start in range(end - 1, -1, -1):
-            batch = order[start:end]
-            width = max(lengths[i] for i in batch) - shared[batch[0]] + n_output - 1
-            too_large = len(batch) > rows if rows else len(batch) * width > limit
-            if too_large and len(batch) > 1:
+            longest, count = max(longest, lengths[order[start]]), end - start
+            width = longest - shared[order[start]] + n_output - 1
+            too_large = count > rows if rows else count * width > limit
+            if count > 1 and (too_large or count > MOST_ROWS):
                 break
-            options.append((best[start] + len(batch) * width + PASS_OVERHEAD, start))
+            options.append((best[start] + count * width + PASS_OVERHEAD, start))
         cost, start = min(options)
         best.append(cost)
         first.append(start)
+    return _between(order, first)
+
+
+def _between(order: list[int], first: list[int]) -> list[list[int]]:
+    """The batches of `order`, where the last of the prompts before `end` begins at first[end]."""
     found, end = [], len(order)
     while end:
         found.append(order[first[end] : end])

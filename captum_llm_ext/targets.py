@@ -96,6 +96,8 @@ def encode_target(tokenizer: Any, target: str | Tensor | Sequence[int]) -> Tenso
         return _checked(ids, f"the target {target!r} encodes to no token")
     if not isinstance(target, Tensor | list | tuple):
         raise TypeError(f"target must be a str, a 1-D tensor of ids or None, got {type(target)}")
+    if not isinstance(target, Tensor) and not all(isinstance(i, int) for i in target):
+        raise TypeError(f"a target given as a list must hold token ids, got {list(target)[:5]}")
     ids = torch.as_tensor(target)
     if ids.dim() != 1 or ids.is_floating_point():
         raise ValueError(

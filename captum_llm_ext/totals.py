@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from captum_llm_ext.methods import NORMS
+from captum_llm_ext.methods import NORMS, PathRule, Rule
 from captum_llm_ext.model_pass import TeacherForcing
 
 
@@ -37,17 +37,20 @@ class LayerTotal:
     whether adaptive quadrature met its tolerance, or None.
     """
 
-    def __init__(self, forcing: TeacherForcing, norm: str, plan: Plan, width: int) -> None:
+    def __init__(self, forcing: TeacherForcing, rule: Rule, plan: Plan, value: Tensor) -> None:
         n_output, length = len(forcing.target), forcing.ids.size(1)
         device = forcing.ids.device
-        self.norm = norm
+        norm = self.norm = rule.norm
+        width = value[0, 0].numel() if value.dim() > 1 else 1
         self.keeps_hidden = plan.keep_hidden or norm != "sum"
         self.is_additive = forcing.target.is_additive
         self.tokens = torch.zeros(n_output, length, device=device)
         self.sequence = torch.zeros(length, width if self.keeps_hidden else 1, device=device)
         keep = plan.keep_hidden and plan.per_token
         self.hidden = torch.zeros(n_output, length, width, device=device) if keep else None
-        self.score_difference: Tensor | None = None
+        is_integral = isinstance(rule, PathRule) and rule.is_integral
+        n_scores = n_output if plan.per_token else 1
+        self.score_difference = torch.zeros(n_scores, device=device) if is_integral else None
         self.n_evaluations = 0
         self.converged: bool | None = None
 

@@ -144,7 +144,7 @@ def test_picture_of_the_tokens(run, tmp_path):
         (["--target", ""], "target"),
         (["--layers", "q_projection"], "q_proj"),
         (["--layers", "q_proj", "nothing.*"], "nothing.*"),
-        (["--method", "lime"], "choose from"),
+        (["--method", "nonsense"], "choose from"),
         (["--method", "ig", "--steps", "0"], "at least 1, got '0'"),
         (["--method", "ig", "--steps", "many"], "at least 1, got 'many'"),
         (["--steps", "3"], "--steps belongs to --method ig"),

@@ -23,8 +23,9 @@ VALUES = ["Dave", "Palm Coast", "FL", "lawyer", "His"]
 BASELINES = ["Sarah", "Seattle", "WA", "doctor", "Her"]
 TASK = (
     "Each of the following film reviews was written by a reader of our paper. After each review "
-    "stands the verdict that the reader gave, either good or bad. Read the examples and then give "
-    "the verdict that fits the last review.\n"
+    "stands the verdict that the reader gave, either good or bad. The verdict says whether the "
+    "reader would go and see the film again, and it is always a single word. Read the examples "
+    "and then give the verdict that fits the last review.\n"
 )
 EXAMPLES = [
     "The film wanders for two hours through a plot that nobody on the screen seems to believe in, "
