@@ -57,6 +57,7 @@ format: $(STAMP)
 bench: $(STAMP)
 	@echo "== timing against Captum: run it on a machine that does nothing else"
 	$(BIN)/python -m tests.benchmarks.gradients
+	$(BIN)/python -m tests.benchmarks.perturbations
 
 clean:
 	rm -rf $(VENV) build dist demo .mypy_cache .pytest_cache .ruff_cache .hypothesis
