@@ -17,7 +17,7 @@ from captum.attr import (
 
 from captum_llm_ext.explain import explain
 from captum_llm_ext.gradient import LLMGradientAttribution
-from captum_llm_ext.inputs import TextTokenInput, chat_input
+from captum_llm_ext.inputs import TextTokenInput, chat_input, segment_input
 from captum_llm_ext.layers import find_layers
 from captum_llm_ext.methods import LayerSaliency
 from captum_llm_ext.models import load_demo_model, load_model
@@ -50,4 +50,5 @@ __all__ = [
     "find_layers",
     "load_demo_model",
     "load_model",
+    "segment_input",
 ]

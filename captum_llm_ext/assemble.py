@@ -40,11 +40,11 @@ def layer_columns(
     total: LayerTotal, features: Features, per_token: bool, keep_hidden: bool
 ) -> LayerColumns:
     """Positions summed (norms: combined) to features, and the sums against score differences."""
-    n_input = len(features.names)
-    feature_of = features.feature_at(total.tokens.size(1))
+    column_of = features.column_at(total.tokens.size(1))
 
     def columns(values: Tensor) -> Tensor:
-        return _by_feature(values, feature_of, n_input, total.norm)
+        by_column = _by_column(values, column_of, features.n_columns, total.norm)
+        return by_column[..., features.column_of]
 
     hidden = total.hidden if per_token else total.sequence[None]
     sums = total.tokens.sum(1) if per_token else total.sequence.sum()[None]
@@ -52,7 +52,7 @@ def layer_columns(
     return LayerColumns(
         seq_attr=columns(NORMS[total.norm](total.sequence)),
         token_attr=columns(total.tokens) if per_token else None,
-        hidden_attr=_sum_hidden(hidden, feature_of, n_input) if keep_hidden else None,
+        hidden_attr=_sum_hidden(hidden, column_of, features) if keep_hidden else None,
         delta=None if difference is None else sums - difference,
         difference=difference,
         n_evaluations=total.n_evaluations or None,
@@ -148,22 +148,24 @@ def _stack(tensors: Sequence[Tensor | None]) -> Tensor | None:
     return torch.stack(present) if present and len(present) == len(tensors) else None
 
 
-def _by_feature(values: Tensor, feature_of: Tensor, n_input: int, norm: str) -> Tensor:
-    """(…, length) per position to (…, n_input) per feature; feature -1 is left out."""
+def _by_column(values: Tensor, column_of: Tensor, n_columns: int, norm: str) -> Tensor:
+    """(…, length) per position to (…, n_columns) per feature; column -1 is left out."""
     if norm == "linf":
-        index = torch.where(feature_of < 0, n_input, feature_of).expand_as(values)
-        grouped = values.new_zeros(*values.shape[:-1], n_input + 1)
-        return grouped.scatter_reduce(-1, index, values, "amax")[..., :n_input]
+        index = torch.where(column_of < 0, n_columns, column_of).expand_as(values)
+        grouped = values.new_zeros(*values.shape[:-1], n_columns + 1)
+        return grouped.scatter_reduce(-1, index, values, "amax")[..., :n_columns]
     values = values.square() if norm == "l2" else values
-    kept = feature_of >= 0
-    grouped = values.new_zeros(*values.shape[:-1], n_input)
-    grouped.index_add_(-1, feature_of[kept], values[..., kept])
+    kept = column_of >= 0
+    grouped = values.new_zeros(*values.shape[:-1], n_columns)
+    grouped.index_add_(-1, column_of[kept], values[..., kept])
     return grouped.sqrt() if norm == "l2" else grouped
 
 
-def _sum_hidden(hidden: Tensor | None, feature_of: Tensor, n_input: int) -> Tensor | None:
+def _sum_hidden(hidden: Tensor | None, column_of: Tensor, features: Features) -> Tensor | None:
+    """(n_output, length, hidden) per position to (n_output, n_input, hidden) per feature."""
     if hidden is None:
         return None
-    kept = feature_of >= 0
-    grouped = hidden.new_zeros(hidden.size(0), n_input, hidden.size(2))
-    return grouped.index_add_(1, feature_of[kept], hidden[:, kept])
+    kept = column_of >= 0
+    grouped = hidden.new_zeros(hidden.size(0), features.n_columns, hidden.size(2))
+    grouped.index_add_(1, column_of[kept], hidden[:, kept])
+    return grouped[:, features.column_of]

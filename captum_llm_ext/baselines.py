@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any
 
@@ -43,9 +44,15 @@ def path_start(
 
     `baselines` None is the input's own baseline.
     """
-    tokenizer = getattr(inp, "tokenizer", None)
-    if baselines is None:
-        baselines = own_baseline(inp)
+    baselines = own_baseline(inp) if baselines is None else baselines
+    return _start_at(baselines, ids, replaced, getattr(inp, "tokenizer", None), model)
+
+
+def _start_at(
+    baselines: BaselineSpec, ids: Tensor, replaced: Tensor, tokenizer: Any, model: nn.Module
+) -> PathStart:
+    if not replaced.any():
+        return PathStart(ids, replaced)
     if not _is_embedding(baselines):
         absent = baseline_ids(baselines, ids[0], replaced, tokenizer, model)
         return PathStart(torch.where(replaced, absent, ids), replaced)
@@ -57,6 +64,37 @@ def path_start(
     if baselines.size(-1) != width:
         raise ValueError(f"baseline embeddings must be {width} wide, got {tuple(baselines.shape)}")
     return PathStart(ids, replaced, _per_position(baselines.to(ids.device), replaced, 1))
+
+
+def template_start(
+    neutral: BaselineSpec,
+    values: Sequence[Sequence[int]],
+    value_at: Tensor,
+    ids: Tensor,
+    tokenizer: Any,
+    model: nn.Module,
+) -> PathStart:
+    """The start of a template's path: each value's positions hold its baseline.
+
+    Token by token where the counts agree; otherwise each position has the mean of the baseline's
+    token embeddings; an empty baseline is the `neutral` one.
+
+    values: the token ids of each value's baseline; value_at: (length,) the value of each position
+    of `ids` (1, length), -1 for none. Positions of no value here, such as earlier target tokens
+    that are features too, have the neutral baseline.
+    """
+    absent = torch.zeros(len(values) + 1, dtype=torch.bool)
+    absent[: len(values)] = torch.tensor([not value for value in values])
+    is_neutral = (value_at >= len(values)) | _chosen(absent, value_at)
+    start = _start_at(neutral, ids, is_neutral, tokenizer, model)
+    new_ids, rows = start.ids.clone(), {}
+    for i, value in enumerate(values):
+        places = (value_at == i).nonzero().flatten()
+        if value and len(value) == len(places):
+            new_ids[0, places] = torch.tensor(value, device=ids.device)
+        elif value and len(places):
+            rows[i] = places, _mean_embedding(value, model)
+    return _with_rows(replace(start, ids=new_ids), rows, model)
 
 
 def baseline_ids(
@@ -94,6 +132,38 @@ def nearest_ids(ids: Tensor, rank: int, model: nn.Module) -> Tensor:
     cosine = unit[index] @ unit.T
     cosine.scatter_(1, index[:, None], -torch.inf)
     return cosine.topk(rank).indices[:, -1].to(ids.device)
+
+
+def _chosen(flags: Tensor, index: Tensor) -> Tensor:
+    """flags[index], where an index out of range is False."""
+    known = (index >= 0) & (index < len(flags))
+    return known & flags.to(index.device)[index.clamp(0, len(flags) - 1)]
+
+
+@torch.no_grad()
+def _mean_embedding(ids: Sequence[int], model: nn.Module) -> Tensor:
+    """The mean (hidden,) of the embeddings of some tokens, as the model embeds them."""
+    embedding = token_embedding(model)
+    weight: Tensor = embedding.weight  # type: ignore[assignment]
+    mean: Tensor = embedding(torch.tensor(ids, device=weight.device)).float().mean(0)
+    return mean
+
+
+def _with_rows(
+    start: PathStart, rows: dict[int, tuple[Tensor, Tensor]], model: nn.Module
+) -> PathStart:
+    """The start with embeddings put at some positions, each entry (positions, (hidden,))."""
+    if not rows:
+        return start
+    replaced = start.replaced.clone() if start.embeddings is not None else start.replaced & False
+    width = next(iter(rows.values()))[1].numel()
+    values = start.embeddings
+    values = torch.zeros(len(replaced), width) if values is None else values.float().clone()
+    values = values.to(replaced.device)
+    for places, row in rows.values():
+        replaced[places] = True
+        values[places] = row.to(values.device)
+    return PathStart(start.ids, replaced, values)
 
 
 def needs_model(baselines: BaselineSpec) -> bool:

@@ -18,7 +18,7 @@ from captum_llm_ext.assemble import (
     single_result,
     warn_unless_converged,
 )
-from captum_llm_ext.baselines import BaselineSpec, PathStart, path_start
+from captum_llm_ext.baselines import BaselineSpec, PathStart, path_start, template_start
 from captum_llm_ext.checks import (
     check_causal,
     check_context,
@@ -32,10 +32,11 @@ from captum_llm_ext.compat import (
     CaptumTextTokenInput,
     GradientAttribution,
     InterpretableInput,
+    TextTemplateInput,
 )
 from captum_llm_ext.differentiate import attribute_layers
 from captum_llm_ext.hooks import frozen_parameters, input_device, without_checkpointing
-from captum_llm_ext.inputs import Features, read_features
+from captum_llm_ext.inputs import Features, baseline_tokens, read_features
 from captum_llm_ext.layers import Site, resolve_sites
 from captum_llm_ext.methods import RULES, PathRule, Rule, read_rule
 from captum_llm_ext.model_pass import TeacherForcing, tokens_per_pass
@@ -83,7 +84,7 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
     """
 
     SUPPORTED_METHODS = tuple(RULES)
-    SUPPORTED_INPUTS = (CaptumTextTokenInput,)
+    SUPPORTED_INPUTS = (CaptumTextTokenInput, TextTemplateInput)
 
     def __init__(
         self, attr_method: GradientAttribution, tokenizer: Any, attr_target: str = "log_prob"
@@ -119,7 +120,11 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
         """Attribute the target's scores to the features of the input.
 
         Args:
-            inp: the prompt, a `TextTokenInput`.
+            inp: the prompt, a `TextTokenInput` or a `TextTemplateInput`, also of `chat_input` and
+                `segment_input`. Of a template each value is a feature, and its path starts at its
+                baseline: token by token where both have as many tokens, otherwise at the mean of
+                the baseline's embeddings, and where it is empty at `baselines` ("mean"). A token
+                that straddles a border belongs to the value that it mostly covers.
             target: a string (encoded without special tokens), a 1-D tensor of token ids, or None
                 to let the model generate it.
             gen_args: arguments of ``model.generate`` when `target` is None. Default: greedy, 25
@@ -138,7 +143,7 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
                 LayerSaliency: the gradient), (n_output, n_input, hidden).
             contrast_target: attribute score(target) − score(contrast) instead, at the same places
                 and after the target's own tokens; as many tokens as the target, or one.
-            num_trials: average over so many runs of a method that draws at random.
+            num_trials: average over so many runs of a method or baseline that draws at random.
             show_progress: show a progress bar.
             internal_batch_size: rows (path points) per pass. Default: chosen for the device.
             return_convergence_delta: accepted for Captum's sake; the delta is on the result.
@@ -169,7 +174,8 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
             _check_choices(layer_mode, num_trials, internal_batch_size, grad_kwargs)
             rule = read_rule(self.attr_method, method_options)
             warn_of_dropout(self.model)
-            features = read_features(inp, input_device(self.model, self.device))
+            device = input_device(self.model, self.device)
+            features = read_features(inp, self.tokenizer, device)
             forcing = self._teacher_forcing(inp, features, target, gen_args, contrast_target)
             check_ids(forcing)
             check_context(forcing)
@@ -185,10 +191,12 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
                 grad_kwargs=grad_kwargs or {},
             )
             sites = [replace(site, at_input=attribute_to_layer_input) for site in self._sites]
-            start = self._path_start(rule, baselines, inp, features, forcing)
-            trials = num_trials if isinstance(rule, PathRule) and rule.is_random else 1
+            trials = num_trials if isinstance(rule, PathRule) and _draws(rule, inp) else 1
             more = [read_rule(self.attr_method, method_options) for _ in range(trials - 1)]
-            totals = _Job(forcing, sites, start, plan).run([rule, *more], show_progress)
+            starts = [
+                self._path_start(rule, baselines, inp, features, forcing) for _ in range(trials)
+            ]
+            totals = _Job(forcing, sites, plan).run([rule, *more], starts, show_progress)
             return self._result(totals, features, tokens, inp, plan, layer_mode)
 
     def _teacher_forcing(
@@ -216,8 +224,13 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
     ) -> PathStart | None:
         if not isinstance(rule, PathRule):
             return None
-        replaced = features.feature_at(forcing.ids.size(1)) >= 0
-        return path_start(baselines, inp, forcing.ids, replaced, self.model)
+        ids, length = forcing.ids, forcing.ids.size(1)
+        if not isinstance(inp, TextTemplateInput):
+            return path_start(baselines, inp, ids, features.column_at(length) >= 0, self.model)
+        neutral = "mean" if baselines is None else baselines
+        values = baseline_tokens(inp, self.tokenizer)
+        value_at = features.value_at(length)
+        return template_start(neutral, values, value_at, ids, self.tokenizer, self.model)
 
     def _result(
         self,
@@ -244,15 +257,17 @@ class _Job:
 
     forcing: TeacherForcing
     sites: Sequence[Site]
-    start: PathStart | None
     plan: Plan
 
-    def run(self, rules: Sequence[Rule], show_progress: bool) -> Mapping[Site, LayerTotal]:
-        """Attributions by site, averaged over the trials' rules."""
+    def run(
+        self, rules: Sequence[Rule], starts: Sequence[PathStart | None], show_progress: bool
+    ) -> Mapping[Site, LayerTotal]:
+        """Attributions by site, averaged over trials, each with its rule and its path's start."""
         with tqdm(total=sum(map(self._rows, rules)), disable=not show_progress) as bar:
             plan = replace(self.plan, advance=bar.update)
             runs = [
-                attribute_layers(self.forcing, rule, self.sites, self.start, plan) for rule in rules
+                attribute_layers(self.forcing, rule, self.sites, start, plan)
+                for rule, start in zip(rules, starts, strict=True)
             ]
         return {site: LayerTotal.mean([run[site] for run in runs]) for site in self.sites}
 
@@ -265,6 +280,11 @@ class _Job:
         if not isinstance(rule, PathRule):
             return spans
         return spans * len(rule.points) * (1 if plan.joint else len(self.sites))
+
+
+def _draws(rule: PathRule, inp: InterpretableInput) -> bool:
+    """Whether another trial would give another result."""
+    return rule.is_random or callable(getattr(inp, "baselines", None))
 
 
 @contextmanager

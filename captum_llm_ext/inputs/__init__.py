@@ -1,0 +1,20 @@
+"""Interpretable inputs: tokens, templates, segments, chats, and what the wrappers need of them."""
+
+from captum_llm_ext.inputs.chats import chat_input
+from captum_llm_ext.inputs.features import Features, baseline_tokens, prompt_ids, read_features
+from captum_llm_ext.inputs.segments import segment_input
+from captum_llm_ext.inputs.templates import check_template, drawn
+from captum_llm_ext.inputs.tokens import TextTokenInput, with_baselines
+
+__all__ = [
+    "Features",
+    "TextTokenInput",
+    "baseline_tokens",
+    "chat_input",
+    "check_template",
+    "drawn",
+    "prompt_ids",
+    "read_features",
+    "segment_input",
+    "with_baselines",
+]

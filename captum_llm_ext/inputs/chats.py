@@ -1,0 +1,93 @@
+"""A chat as an interpretable input: the template stays, messages or parts of them are features."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from captum_llm_ext.compat import InterpretableInput
+from captum_llm_ext.inputs.segments import PATTERNS, Span, find_segments, template_of_spans
+from captum_llm_ext.inputs.templates import value_spans
+from captum_llm_ext.inputs.tokens import tokens_in_spans
+
+CHAT_FEATURES = ("token", "message", *PATTERNS)
+
+
+def chat_input(
+    messages: Sequence[Mapping[str, str]],
+    tokenizer: Any,
+    by: str = "token",
+    roles: Sequence[str] = ("user",),
+    baselines: Any = None,
+) -> InterpretableInput:
+    """A chat whose features are messages, or parts of them, after the tokenizer's chat template.
+
+    Args:
+        messages: dicts with "role" and "content", as ``tokenizer.apply_chat_template`` takes them.
+        tokenizer: a fast tokenizer with a chat template.
+        by: what a feature is: "token", "message", "word", "sentence", "line" or "paragraph".
+        roles: whose messages hold the features. Tokens of the template and special tokens never
+            are features and are never replaced.
+        baselines: what stands in place of each absent feature, unless features are tokens.
+            Default: nothing.
+
+    Returns:
+        An input for `LLMGradientAttribution` and `LLMAttribution`: a `TextTokenInput` by token, a
+        `TextTemplateInput` otherwise.
+
+    Raises:
+        ValueError: no chat template, a role that no message has, a message that the template
+            changes or leaves out, or nothing to attribute to.
+
+    Example::
+
+        >>> inp = chat_input([{"role": "user", "content": "Where is Paris?"}], tokenizer)
+        >>> inp.values
+        ['Where', 'Ġis', 'ĠParis', '?']
+    """
+    if by not in CHAT_FEATURES:
+        raise ValueError(f"by must be one of {', '.join(CHAT_FEATURES)}; got {by!r}")
+    text, spans = _rendered(messages, tokenizer, roles)
+    if by == "token":
+        return tokens_in_spans(text, spans, tokenizer)
+    text, spans = _without_double_start(text, spans, tokenizer)
+    if by != "message":
+        spans = [part for span in spans for part in find_segments(text, by, span)]
+    if not spans:
+        raise ValueError(f"no message of {', '.join(roles)} has a feature by {by!r}")
+    return template_of_spans(text, spans, baselines)
+
+
+def _rendered(
+    messages: Sequence[Mapping[str, str]], tokenizer: Any, roles: Sequence[str]
+) -> tuple[str, list[Span]]:
+    """The chat as text, and where the messages of the given roles stand in it."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError("the tokenizer has no chat template: pass a plain string as the prompt")
+    roles = (roles,) if isinstance(roles, str) else roles
+    missing = sorted(set(roles) - {message["role"] for message in messages})
+    if missing or not roles:
+        raise ValueError(f"roles must be among those of the messages; no message has {missing}")
+
+    def render(contents: list[str]) -> str:
+        # A template may trim a message, so its outer spaces stay outside the marks.
+        whole = [
+            {**message, "content": message["content"].replace(message["content"].strip(), content)}
+            for message, content in zip(messages, contents, strict=True)
+        ]
+        return str(tokenizer.apply_chat_template(whole, tokenize=False, add_generation_prompt=True))
+
+    text, spans = value_spans(render, [message["content"].strip() for message in messages])
+    wanted = [s for s, m in zip(spans, messages, strict=True) if m["role"] in roles and s[0] < s[1]]
+    if not wanted:
+        raise ValueError(f"the messages of {', '.join(roles)} are empty")
+    return text, wanted
+
+
+def _without_double_start(text: str, spans: list[Span], tokenizer: Any) -> tuple[str, list[Span]]:
+    """Leave out the beginning-of-sequence token where the tokenizer puts it before any text."""
+    start = getattr(tokenizer, "bos_token", None)
+    first = tokenizer.encode("a")[:1]
+    if not start or not text.startswith(start) or first != [tokenizer.bos_token_id]:
+        return text, spans
+    return text[len(start) :], [(a - len(start), b - len(start)) for a, b in spans]

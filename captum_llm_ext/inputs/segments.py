@@ -1,0 +1,91 @@
+"""A text cut into words, sentences, lines or given spans, each of them a feature."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from captum_llm_ext.compat import TextTemplateInput
+
+Span = tuple[int, int]
+
+PATTERNS = {
+    "word": r"\S+",
+    "sentence": r"\S(?:[^\n]*?)(?:[.!?]+[\"')\]]*(?=\s|$)|(?=\s*(?:\n|$)))",
+    "line": r"\S(?:[^\n]*\S)?",
+    "paragraph": r"\S(?:[\s\S]*?\S)??(?=\s*(?:\n[^\S\n]*\n|$(?![\s\S])))",
+}
+
+
+def segment_input(
+    text: str,
+    by: str | re.Pattern[str] | Sequence[Span] = "sentence",
+    baselines: list[str] | Callable[[], list[str]] | None = None,
+) -> TextTemplateInput:
+    """A text as an interpretable input whose features are parts of it.
+
+    Args:
+        text: the prompt; what lies between the segments stays as it is.
+        by: "word", "sentence", "line" or "paragraph"; a regular expression, whose matches are the
+            segments; or a list of (start, stop) spans in characters.
+        baselines: what stands in place of each absent segment. Default: nothing.
+
+    Returns:
+        A `TextTemplateInput`, for gradient and perturbation methods alike.
+
+    Raises:
+        ValueError: no segment was found, or spans overlap or leave the text.
+
+    Example::
+
+        >>> segment_input("It rains. Stay in.", by="sentence").values
+        ['It rains.', 'Stay in.']
+    """
+    spans = _ordered(by, len(text)) if _is_spans(by) else find_segments(text, by)  # type: ignore
+    if not spans:
+        raise ValueError(f"the text has no segment by {by!r}: choose another way to cut it")
+    return template_of_spans(text, spans, baselines)
+
+
+def find_segments(text: str, by: str | re.Pattern[str], within: Span | None = None) -> list[Span]:
+    """Where the segments of a text are, in characters; `within` a part of it only."""
+    start, stop = within or (0, len(text))
+    pattern = PATTERNS.get(by, by) if isinstance(by, str) else by
+    try:
+        matches = re.finditer(pattern, text[start:stop])
+    except re.error as error:
+        names = ", ".join(PATTERNS)
+        raise ValueError(
+            f"by must be one of {names} or a regular expression, got {by!r}: {error}"
+        ) from error
+    return [(start + m.start(), start + m.end()) for m in matches if m.group()]
+
+
+def template_of_spans(text: str, spans: Sequence[Span], baselines: Any = None) -> TextTemplateInput:
+    """A template whose values are the text's spans, and whose fixed parts are what lies between."""
+    edges = [0, *(edge for span in spans for edge in span), len(text)]
+    between = [text[a:b] for a, b in zip(edges[::2], edges[1::2], strict=True)]
+
+    def template(*values: str) -> str:
+        return between[0] + "".join(v + b for v, b in zip(values, between[1:], strict=True))
+
+    return TextTemplateInput(template, [text[a:b] for a, b in spans], baselines=baselines)
+
+
+def _is_spans(by: Any) -> bool:
+    return not isinstance(by, str | re.Pattern)
+
+
+def _ordered(spans: Sequence[Span], length: int) -> list[Span]:
+    ordered = sorted((int(start), int(stop)) for start, stop in spans)
+    end = 0
+    for start, stop in ordered:
+        if not 0 <= start < stop <= length:
+            raise ValueError(
+                f"the span {(start, stop)} is not within a text of {length} characters"
+            )
+        if start < end:
+            raise ValueError(f"the span {(start, stop)} overlaps the one before it")
+        end = stop
+    return ordered

@@ -1,0 +1,126 @@
+"""Text whose features are tokens, and its baselines."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from captum_llm_ext.baselines import (
+    BaselineSpec,
+    baseline_ids,
+    needs_model,
+    own_baseline,
+    token_id,
+)
+from captum_llm_ext.compat import CaptumTextTokenInput, InterpretableInput
+
+
+class TextTokenInput(CaptumTextTokenInput):
+    """Text whose interpretable features are its tokens; Captum's class, with checked names.
+
+    Args:
+        text: the prompt.
+        tokenizer: the model's tokenizer.
+        baselines: what stands for an absent token: a token id, a token string, "pad", "eos",
+            "unk", "nearest" (each token's nearest other one by cosine of the embeddings) or
+            ("nearest", n) for the n-th nearest; with gradients also "zero" and "mean". Default: 0.
+        skip_tokens: ids or strings of tokens that are not features and are never replaced.
+
+    Raises:
+        ValueError: a token string is not in the vocabulary (Captum takes it for an unknown
+            token without a word).
+
+    Example::
+
+        >>> inp = TextTokenInput("The capital of France is", tokenizer, baselines="pad")
+        >>> inp.n_itp_features
+        5
+    """
+
+    def __init__(
+        self,
+        text: str,
+        tokenizer: Any,
+        baselines: int | str | tuple[str, int] = 0,
+        skip_tokens: Sequence[int] | Sequence[str] | None = None,
+    ) -> None:
+        self.named_baseline: BaselineSpec = None
+        if not isinstance(baselines, int) and needs_model(baselines):
+            self.named_baseline, baselines = baselines, 0
+        baseline = token_id(baselines, tokenizer) if isinstance(baselines, str) else baselines
+        skip = [token_id(t, tokenizer) if isinstance(t, str) else t for t in skip_tokens or ()]
+        super().__init__(text, tokenizer, baseline, skip or None)
+
+
+def tokens_in_spans(text: str, spans: Sequence[tuple[int, int]], tokenizer: Any) -> TextTokenInput:
+    """A text whose features are the tokens in some spans of characters, but for special ones."""
+    encoded = encode_with_offsets(text, tokenizer, add_special_tokens=False)
+    special = set(getattr(tokenizer, "all_special_ids", ()))
+    inside = [
+        token not in special and any(a < stop and start < b for a, b in spans)
+        for token, (start, stop) in encoded
+    ]
+    inp = TextTokenInput.__new__(TextTokenInput)
+    inp.inp_tensor = torch.tensor([[token for token, _ in encoded]])
+    inp.itp_mask = torch.tensor([inside])
+    inp.itp_tensor = inp.inp_tensor[inp.itp_mask].unsqueeze(0)
+    inp.skip_tokens, inp.tokenizer, inp.baselines, inp.named_baseline = None, tokenizer, 0, None
+    inp.values = tokenizer.convert_ids_to_tokens(inp.itp_tensor[0].tolist())
+    inp.n_itp_features = len(inp.values)
+    return inp
+
+
+def encode_with_offsets(
+    text: str, tokenizer: Any, add_special_tokens: bool = True
+) -> list[tuple[int, tuple[int, int]]]:
+    """Token ids of a text, each with where it starts and stops in characters."""
+    try:
+        encoded = tokenizer(
+            text, add_special_tokens=add_special_tokens, return_offsets_mapping=True
+        )
+    except NotImplementedError as error:
+        raise ValueError(
+            f"{type(tokenizer).__name__} cannot tell where tokens are in the text: load the fast "
+            "tokenizer (use_fast=True)"
+        ) from error
+    offsets = [(int(start), int(stop)) for start, stop in encoded["offset_mapping"]]
+    return list(zip([int(i) for i in encoded["input_ids"]], offsets, strict=True))
+
+
+class _ReplacedTokens(CaptumTextTokenInput):
+    """A token input with a baseline id of its own for each feature."""
+
+    baseline_ids: Tensor
+
+    def to_model_input(self, perturbed_tensor: Tensor | None = None) -> Tensor:
+        if perturbed_tensor is None:
+            return self.inp_tensor
+        absent = perturbed_tensor.cpu() != 1
+        tokens = torch.where(absent, self.baseline_ids, self.itp_tensor)
+        if self.itp_mask is None:
+            return tokens
+        ids = self.inp_tensor.repeat(len(tokens), 1)
+        ids[self.itp_mask.expand_as(ids)] = tokens.flatten()
+        return ids
+
+
+def with_baselines(
+    inp: InterpretableInput, baselines: BaselineSpec, model: nn.Module
+) -> InterpretableInput:
+    """The input with other baselines, or with its own where the model is needed to know them."""
+    if not isinstance(inp, CaptumTextTokenInput):
+        if baselines is not None:
+            raise ValueError("the baselines of a template or an image belong to the input itself")
+        return inp
+    if baselines is None:
+        baselines = own_baseline(inp)
+    ids = inp.inp_tensor[0].long()
+    features = torch.ones_like(ids).bool() if inp.itp_mask is None else inp.itp_mask[0]
+    absent = baseline_ids(baselines, ids, features, inp.tokenizer, model)
+    replaced = _ReplacedTokens.__new__(_ReplacedTokens)
+    replaced.__dict__.update(inp.__dict__)
+    replaced.baseline_ids = absent[features][None]
+    return replaced
