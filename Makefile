@@ -58,6 +58,7 @@ bench: $(STAMP)
 	@echo "== timing against Captum: run it on a machine that does nothing else"
 	$(BIN)/python -m tests.benchmarks.gradients
 	$(BIN)/python -m tests.benchmarks.perturbations
+	$(BIN)/python -m tests.benchmarks.prefixes
 
 clean:
 	rm -rf $(VENV) build dist demo .mypy_cache .pytest_cache .ruff_cache .hypothesis

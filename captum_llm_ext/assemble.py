@@ -40,7 +40,7 @@ def layer_columns(
     total: LayerTotal, features: Features, per_token: bool, keep_hidden: bool
 ) -> LayerColumns:
     """Positions summed (norms: combined) to features, and the sums against score differences."""
-    column_of = features.column_at(total.tokens.size(1))
+    column_of = features.column_at(total.cut + total.tokens.size(1))[total.cut :]
 
     def columns(values: Tensor) -> Tensor:
         by_column = _by_column(values, column_of, features.n_columns, total.norm)

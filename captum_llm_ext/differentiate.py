@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from captum_llm_ext.adaptive import walk_adaptively
 from captum_llm_ext.baselines import PathStart
@@ -33,8 +33,7 @@ def attribute_layers(
     totals: dict[Site, LayerTotal] = {}
     divide = not (isinstance(rule, PathRule) and rule.tolerance is not None)
     for span in forcing.spans(plan.per_token, plan.rows, plan.causal, divide):
-        ids = forcing.ids[:, : forcing.length(span)]
-        ends, blocks = _trace(forcing, span, sites, ids)
+        ends, blocks = _trace(forcing, span, sites)
         for site in sites:
             totals.setdefault(site, LayerTotal(forcing, rule, plan, ends[site].tensor))
         alive = [site for site in sites if ends[site].depends_on_tokens]
@@ -51,9 +50,10 @@ def attribute_layers(
 
 
 def _trace(
-    forcing: TeacherForcing, span: TargetSpan, sites: Sequence[Site], ids: Tensor
+    forcing: TeacherForcing, span: TargetSpan, sites: Sequence[Site]
 ) -> tuple[dict[Site, LayerState], Blocks]:
     """The layers' states, and all that replay needs, at the input itself."""
+    ids = forcing.fed(forcing.ids, span)
     blocks = decoder_blocks(forcing.model)
     with tracing(forcing.model, sites, blocks, ids) as (states, outputs):
         scores = forcing.run(ids, span, sites).token_scores()[0].detach()
@@ -79,21 +79,22 @@ def _start_states(
     forcing: TeacherForcing, span: TargetSpan, sites: Sequence[Site], start: PathStart
 ) -> dict[Site, Tensor]:
     """The layers' values where the path starts: as they are when the embeddings are replaced."""
-    ids = start.ids[:, : forcing.length(span)]
+    ids = forcing.fed(start.ids, span)
     with torch.no_grad(), ExitStack() as stack:
         if start.embeddings is not None:
-            stack.enter_context(_replaced_embeddings(forcing.model, ids, start))
+            stack.enter_context(_replaced_embeddings(forcing, ids, start))
         states, _ = stack.enter_context(tracing(forcing.model, sites, [], ids))
         forcing.run(ids, span)
     return {site: states[site].tensor for site in sites}
 
 
-def _replaced_embeddings(model: nn.Module, ids: Tensor, start: PathStart) -> Any:
-    site = Site("input embedding", token_embedding(model))
+def _replaced_embeddings(forcing: TeacherForcing, ids: Tensor, start: PathStart) -> Any:
+    site = Site("input embedding", token_embedding(forcing.model))
+    fed = slice(forcing.cut, forcing.cut + ids.size(1))
     with torch.no_grad():
         embedded = site.module(ids)
-    mask = start.replaced[: ids.size(1), None].to(embedded.device)
-    values = start.embeddings[: ids.size(1)].to(embedded)  # type: ignore[index]
+    mask = start.replaced[fed, None].to(embedded.device)
+    values = start.embeddings[fed].to(embedded)  # type: ignore[index]
     return writing({site: torch.where(mask, values, embedded)})
 
 
@@ -117,7 +118,7 @@ def _add_point(
     plan: Plan,
 ) -> None:
     """Gradients at the input, of all sites from one pass."""
-    ids = forcing.ids[:, : forcing.length(span)]
+    ids = forcing.fed(forcing.ids, span)
     with embedding_leaves(forcing.model, ids), reading(sites) as read:
         scored = forcing.run(ids, span, sites)
     wrt = [read[site] for site in sites]

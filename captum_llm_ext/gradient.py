@@ -35,11 +35,12 @@ from captum_llm_ext.compat import (
     TextTemplateInput,
 )
 from captum_llm_ext.differentiate import attribute_layers
-from captum_llm_ext.hooks import frozen_parameters, input_device, without_checkpointing
+from captum_llm_ext.hooks import evaluating, frozen_parameters, input_device, without_checkpointing
 from captum_llm_ext.inputs import Features, baseline_tokens, read_features
 from captum_llm_ext.layers import Site, resolve_sites
 from captum_llm_ext.methods import RULES, PathRule, Rule, read_rule
 from captum_llm_ext.model_pass import TeacherForcing, tokens_per_pass
+from captum_llm_ext.prefix_cache import FEWEST_REUSED, PrefixCache, can_be_cut, keeps_cache
 from captum_llm_ext.result import LLMAttributionResult
 from captum_llm_ext.targets import (
     GRADIENT_TARGETS,
@@ -112,6 +113,7 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
         num_trials: int = 1,
         show_progress: bool = False,
         internal_batch_size: int | None = None,
+        reuse_prefix: bool = True,
         return_convergence_delta: bool = False,
         attribute_to_layer_input: bool = False,
         grad_kwargs: Mapping[str, Any] | None = None,
@@ -146,6 +148,8 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
             num_trials: average over so many runs of a method or baseline that draws at random.
             show_progress: show a progress bar.
             internal_batch_size: rows (path points) per pass. Default: chosen for the device.
+            reuse_prefix: run what precedes all features once, and take it from the key/value cache
+                in every other pass.
             return_convergence_delta: accepted for Captum's sake; the delta is on the result.
             attribute_to_layer_input: attribute to the layers' input instead of their output.
             grad_kwargs: further arguments of ``torch.autograd.grad``.
@@ -182,12 +186,13 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
             tokens = output_tokens(forcing.target.ids, self.tokenizer)
             if include_generated:
                 features = features.with_generated(tokens)
+            forcing, causal = self._probed(forcing, features, reuse_prefix)
             plan = Plan(
                 per_token=include_per_token_attr,
                 joint=layer_mode == "joint",
                 keep_hidden=include_hidden_attr,
                 rows=internal_batch_size or _rows(forcing, rule),
-                causal=check_causal(forcing, probed(forcing)),
+                causal=causal,
                 grad_kwargs=grad_kwargs or {},
             )
             sites = [replace(site, at_input=attribute_to_layer_input) for site in self._sites]
@@ -213,6 +218,21 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
         contrast = contrast_ids(self.tokenizer, contrast_target, len(ids))
         contrast = None if contrast is None else contrast.to(prompt.device, copy=True)
         return TeacherForcing(self.model, prompt, Target(ids, self.attr_target, contrast))
+
+    def _probed(
+        self, forcing: TeacherForcing, features: Features, reuse_prefix: bool
+    ) -> tuple[TeacherForcing, bool]:
+        """Whether the model is causal, and the pass with what precedes all features cached."""
+        cut = features.first if reuse_prefix and keeps_cache(self.model) else 0
+        probe = probed(forcing, use_cache=cut >= FEWEST_REUSED)
+        causal = check_causal(forcing, probe)
+        if not causal or not can_be_cut(probe.cache):
+            return forcing, causal
+        cache = PrefixCache(self.model, forcing.prompt_ids[0], probe.cache, forcing.ids.size(1))
+        shorter = replace(forcing, prefix=cache, cut=cut)
+        with torch.no_grad(), evaluating(self.model):
+            found = shorter.run(shorter.fed(shorter.ids, shorter.whole), shorter.whole)
+        return (shorter if found.agrees_with(probe) else forcing), True
 
     def _path_start(
         self,
@@ -317,5 +337,6 @@ def _rows(forcing: TeacherForcing, rule: Rule) -> int:
     """Path points per pass, for as many tokens as the device works on well at once."""
     if not isinstance(rule, PathRule):
         return 1
-    fitting = max(1, tokens_per_pass(forcing.ids.device) // forcing.ids.size(1))
+    fed = forcing.ids.size(1) - forcing.cut
+    fitting = max(1, tokens_per_pass(forcing.ids.device) // fed)
     return min(len(rule.points), fitting) if rule.points else fitting

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from captum_llm_ext.hooks import HeadInput, output_head, split_at_head
 from captum_llm_ext.layers import Site
-from captum_llm_ext.prefix_cache import accepts
+from captum_llm_ext.prefix_cache import PrefixCache, accepts
 from captum_llm_ext.targets import Target
 
 # What a pass costs besides its tokens, in tokens: every pass reads all the weights once.
@@ -41,6 +41,8 @@ class TeacherForcing:
     model: nn.Module
     prompt_ids: Tensor
     target: Target
+    prefix: PrefixCache | None = None
+    cut: int = 0  # so many first tokens come from the prefix's cache
 
     @property
     def n_prompt(self) -> int:
@@ -54,6 +56,10 @@ class TeacherForcing:
     def length(self, span: TargetSpan) -> int:
         return self.n_prompt + span.stop - 1
 
+    def fed(self, ids: Tensor, span: TargetSpan) -> Tensor:
+        """What of the ids (rows, length) the model is fed to score the span."""
+        return ids[:, self.cut : self.length(span)]
+
     def run(
         self,
         ids: Tensor,
@@ -61,14 +67,20 @@ class TeacherForcing:
         sites: Sequence[Site] = (),
         use_cache: bool = False,
     ) -> Pass:
-        """Run the model on rows of ids; the gradients of `sites` are to be taken, if any."""
+        """Run the model on rows of fed ids; the gradients of `sites` are to be taken, if any."""
         # Logits over the vocabulary are dear, so only at the positions that are scored.
         wanted = {"use_cache": use_cache, "logits_to_keep": len(span)}
         options = {name: value for name, value in wanted.items() if accepts(self.model, name)}
+        if self.prefix is not None and self.cut:
+            options |= {"use_cache": True, "past_key_values": self.prefix.at(self.cut, len(ids))}
         with split_at_head(self.model, keep_graph=_reach_head(self.model, sites)) as head:
-            output = self.model(ids[:, : self.length(span)], **options)
+            output = self.model(ids, **options)
         cache = getattr(output, "past_key_values", None) if use_cache else None
         return Pass(self.target, span, read_logits(output)[:, -len(span) :], head, cache)
+
+    @property
+    def whole(self) -> TargetSpan:
+        return TargetSpan(0, len(self.target))
 
     @torch.no_grad()
     def probe(self, use_cache: bool = False) -> Pass:
@@ -76,7 +88,7 @@ class TeacherForcing:
 
         Two passes of one row, since not every model takes two rows.
         """
-        span = TargetSpan(0, len(self.target))
+        span = self.whole
         own = self.run(self.ids, span, use_cache=use_cache)
         if len(self.target) == 1:
             return own
@@ -102,7 +114,9 @@ class TeacherForcing:
 
     def _cost(self, spans: list[TargetSpan], rows: int) -> int:
         """Tokens walked over by one forward and len(span) backwards for each span."""
-        return sum((self.length(s) * rows + PASS_OVERHEAD) * (1 + len(s)) for s in spans)
+        return sum(
+            ((self.length(s) - self.cut) * rows + PASS_OVERHEAD) * (1 + len(s)) for s in spans
+        )
 
 
 @dataclass(frozen=True)
@@ -122,6 +136,14 @@ class Pass:
     def sequence_score(self) -> Tensor:
         """Score (rows,) of the span's tokens together."""
         return self.target.sequence_score(self.logits, self.span.start, self.span.stop)
+
+    def agrees_with(self, other: Pass) -> bool:
+        """Whether the first rows have the same scores, but for what the dtype explains."""
+        found, truth = (
+            replace(p, target=p.target.as_log_prob()).token_scores()[0] for p in (self, other)
+        )
+        allowed = tolerance(self.logits.dtype) * truth.abs().max().clamp(min=1)
+        return bool((found - truth).abs().max() <= allowed)
 
     def is_causal(self) -> bool:
         """Of a probe: whether changing a later target token leaves all earlier scores alone."""

@@ -101,7 +101,7 @@ class PathWalk:
         return start + _over_rows(alphas, difference) * difference, difference
 
     def _run(self, rows: int, replayed: int, chain: Sequence[Site] = ()) -> Pass:
-        ids = self.forcing.ids[:, : self.forcing.length(self.span)].expand(rows, -1)
+        ids = self.forcing.fed(self.forcing.ids, self.span).expand(rows, -1)
         state = self.blocks.outputs[replayed - 1] if replayed else None
         with replaying(self.blocks.modules[:replayed], state, rows):
             return self.forcing.run(ids, self.span, chain)

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from captum_llm_ext.compat import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
+FEWEST_REUSED = 8  # a shorter prefix costs more to keep than to compute again
+
 
 class PrefixCache:
     """Keys and values of the first tokens of `ids` (length,), from a pass over all of them.

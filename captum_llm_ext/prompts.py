@@ -24,13 +24,12 @@ from captum_llm_ext.model_pass import (
     tokens_per_pass,
     tolerance,
 )
-from captum_llm_ext.prefix_cache import PrefixCache, accepts, can_be_cut
+from captum_llm_ext.prefix_cache import FEWEST_REUSED, PrefixCache, accepts, can_be_cut
 from captum_llm_ext.targets import Target
 
 logger = logging.getLogger(__name__)
 
 MOST_ROWS = 256  # per pass, however short the prompts are
-FEWEST_REUSED = 8  # a shorter prefix costs more to keep than to compute again
 
 
 @dataclass
@@ -105,7 +104,10 @@ class PromptScorer:
     def _alone(self, prompt: Tensor) -> Tensor:
         """(2, 1 + n_output) after one prompt, in one pass, or token by token."""
         forcing = replace(self.forcing, prompt_ids=prompt[None])
-        passes = [forcing.run(forcing.ids, s) for s in forcing.spans(False, 1, self.causal)]
+        passes = [
+            forcing.run(forcing.fed(forcing.ids, s), s)
+            for s in forcing.spans(False, 1, self.causal)
+        ]
         logits = torch.cat([p.logits for p in passes], dim=1)
         self.advance(1)
         return read_scores(replace(self.probe, logits=logits))[0]

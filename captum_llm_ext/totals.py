@@ -30,15 +30,17 @@ class Plan:
 class LayerTotal:
     """A layer's attributions, summed over rows and passes.
 
-    tokens: (n_output, length) per target token, combined over hidden units; sequence: (length,
-    hidden) of the sequence score, or (length, 1) where only the sum over hidden units is needed;
-    hidden: (n_output, length, hidden) or None; score_difference: (n_output,) or (1,) between the
+    cut: how many first positions are left out, being no features; tokens: (n_output, length) per
+    target token, combined over hidden units; sequence: (length, hidden) of the sequence score, or
+    (length, 1) where only the sum over hidden units is needed; hidden: (n_output, length, hidden)
+    or None; score_difference: (n_output,) or (1,) between the
     ends of the path, or None; n_evaluations: path points whose gradient was taken; converged:
     whether adaptive quadrature met its tolerance, or None.
     """
 
     def __init__(self, forcing: TeacherForcing, rule: Rule, plan: Plan, value: Tensor) -> None:
-        n_output, length = len(forcing.target), forcing.ids.size(1)
+        n_output, length = len(forcing.target), forcing.ids.size(1) - forcing.cut
+        self.cut = forcing.cut
         device = forcing.ids.device
         norm = self.norm = rule.norm
         width = value[0, 0].numel() if value.dim() > 1 else 1

@@ -32,6 +32,11 @@ class Features:
     def n_columns(self) -> int:
         return int(self.column_of.max()) + 1
 
+    @property
+    def first(self) -> int:
+        """The first position that belongs to a feature."""
+        return int((self.value_of >= 0).nonzero().min())
+
     def value_at(self, length: int) -> Tensor:
         """The value of each of `length` positions."""
         padded = self.value_of.new_full((length,), -1)
