@@ -12,12 +12,11 @@ from captum.attr import (
     RemoteLLMAttribution,
     ShapleyValues,
     ShapleyValueSampling,
-    TextTemplateInput,
 )
 
 from captum_llm_ext.explain import explain
 from captum_llm_ext.gradient import LLMGradientAttribution
-from captum_llm_ext.inputs import TextTokenInput, chat_input, segment_input
+from captum_llm_ext.inputs import TextTemplateInput, TextTokenInput, chat_input, segment_input
 from captum_llm_ext.layers import find_layers
 from captum_llm_ext.methods import LayerSaliency
 from captum_llm_ext.models import load_demo_model, load_model

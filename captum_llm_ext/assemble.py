@@ -124,7 +124,8 @@ def _not_converged(relative: Tensor, unmet: int, output_tokens: Sequence[str]) -
     )
     if unmet:
         return f"{found}Of {unmet} paths max_rows was spent first: raise max_rows or tol"
-    return f'{found}Raise n_steps, choose another baseline, or use method="adaptive"'
+    advice = 'method="adaptive" (quadrature="adaptive" in explain, --adaptive in the terminal)'
+    return f"{found}Raise n_steps, choose another baseline, or use {advice}"
 
 
 def _joint_delta(layers: Sequence[LayerColumns]) -> Tensor:

@@ -101,6 +101,18 @@ def _add_method_arguments(group: argparse._ArgumentGroup) -> None:
         "--steps", type=_positive, metavar="N", help="steps of integrated gradients (default: 50)"
     )
     group.add_argument(
+        "--adaptive",
+        action="store_true",
+        help="of integrated gradients: take gradients where the path needs them, until the "
+        "attributions sum to the score difference within 5 %%",
+    )
+    group.add_argument(
+        "--baseline",
+        metavar="NAME",
+        help="where the path of ig and gradshap starts: pad, eos, unk, zero, mean, nearest or a "
+        "token (default: token id 0); of ablation: pad, eos, unk, nearest or a token",
+    )
+    group.add_argument(
         "--samples",
         type=_positive,
         metavar="N",
@@ -200,6 +212,14 @@ def _attribute_options(arguments: argparse.Namespace) -> dict[str, Any]:
         if arguments.method != "ig":
             raise ValueError(f"--steps belongs to --method ig, got --method {arguments.method}")
         options["n_steps"] = arguments.steps
+    if arguments.adaptive:
+        if arguments.method != "ig" or arguments.steps is not None:
+            raise ValueError("--adaptive belongs to --method ig, without --steps")
+        options["quadrature"] = "adaptive"
+    if arguments.baseline is not None:
+        if arguments.method in ("saliency", "gradxact"):
+            raise ValueError(f"--baseline means nothing to --method {arguments.method}")
+        options["baselines"] = arguments.baseline
     if arguments.samples is not None:
         if arguments.method not in SAMPLING_METHODS:
             raise ValueError(

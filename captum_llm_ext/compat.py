@@ -33,7 +33,9 @@ from captum.attr._utils.attribution import (
 from captum.attr._utils.interpretable_input import (
     ImageMaskInput,
     InterpretableInput,
-    TextTemplateInput,
+)
+from captum.attr._utils.interpretable_input import (
+    TextTemplateInput as CaptumTextTemplateInput,
 )
 from captum.attr._utils.interpretable_input import (
     TextTokenInput as CaptumTextTokenInput,
@@ -48,6 +50,7 @@ __all__ = [
     "Cache",
     "CaptumLLMAttribution",
     "CaptumLLMGradientAttribution",
+    "CaptumTextTemplateInput",
     "CaptumTextTokenInput",
     "DynamicLayer",
     "DynamicSlidingWindowLayer",
@@ -56,7 +59,6 @@ __all__ = [
     "InterpretableInput",
     "LayerAttribution",
     "PerturbationAttribution",
-    "TextTemplateInput",
     "_convert_ids_to_pretty_tokens",
     "approximation_parameters",
     "compute_layer_gradients_and_eval",

@@ -31,8 +31,7 @@ def attribute_layers(
 ) -> dict[Site, LayerTotal]:
     """Attributions of every site, by the rule. `start` is needed by path rules only."""
     totals: dict[Site, LayerTotal] = {}
-    divide = not (isinstance(rule, PathRule) and rule.tolerance is not None)
-    for span in forcing.spans(plan.per_token, plan.rows, plan.causal, divide):
+    for span in forcing.spans(plan.per_token, plan.rows, plan.causal, _divides(rule, plan)):
         ends, blocks = _trace(forcing, span, sites)
         for site in sites:
             totals.setdefault(site, LayerTotal(forcing, rule, plan, ends[site].tensor))
@@ -47,6 +46,12 @@ def attribute_layers(
                 path = PathWalk(forcing, span, rule, plan, blocks, ends, starts, chain)
                 _add_path(path, totals)
     return totals
+
+
+def _divides(rule: Rule, plan: Plan) -> bool:
+    """Whether several shorter passes can be cheaper: not where all targets are needed at once."""
+    adaptive = isinstance(rule, PathRule) and rule.tolerance is not None
+    return not adaptive and plan.forward_mode is False
 
 
 def _trace(

@@ -61,6 +61,7 @@ def explain(
     target: str | torch.Tensor | None = None,
     method: str = "saliency",
     layers: Layers | None = None,
+    quadrature: str | None = None,
     **kwargs: Any,
 ) -> LLMAttributionResult:
     """Attribute what a language model says to the parts of its prompt.
@@ -78,6 +79,8 @@ def explain(
             perturbation, "ablation", "shapley", "shapley_sampling", "lime" or "kernelshap".
         layers: for the methods with gradients, a module, a name, a pattern such as
             ``"model.layers.*.mlp"``, or a list of these. Default: the input embeddings.
+        quadrature: of "ig" (where `attribute` calls it `method`): "gausslegendre" (the default), a
+            Riemann rule, or "adaptive" with ``tol=0.05``.
         **kwargs: go to ``attribute`` of `LLMGradientAttribution` or `LLMAttribution`, for example
             ``n_steps=100``, ``n_samples=50`` or ``gen_args={"max_new_tokens": 10}``.
 
@@ -100,6 +103,10 @@ def explain(
     explain generative language models" (2023), arXiv:2312.05491.
     """
     wrapper = _wrapper(model, tokenizer, method, layers)
+    if quadrature is not None:
+        if method != "ig":
+            raise ValueError(f"quadrature belongs to method 'ig', got method {method!r}")
+        kwargs["method"] = quadrature
     return wrapper.attribute(_as_input(prompt, tokenizer), target=target, **kwargs)
 
 

@@ -29,12 +29,13 @@ from captum_llm_ext.checks import (
 )
 from captum_llm_ext.compat import (
     CaptumLLMGradientAttribution,
+    CaptumTextTemplateInput,
     CaptumTextTokenInput,
     GradientAttribution,
     InterpretableInput,
-    TextTemplateInput,
 )
 from captum_llm_ext.differentiate import attribute_layers
+from captum_llm_ext.forward_mode import is_cheaper
 from captum_llm_ext.hooks import evaluating, frozen_parameters, input_device, without_checkpointing
 from captum_llm_ext.inputs import Features, baseline_tokens, read_features
 from captum_llm_ext.layers import Site, resolve_sites
@@ -85,7 +86,7 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
     """
 
     SUPPORTED_METHODS = tuple(RULES)
-    SUPPORTED_INPUTS = (CaptumTextTokenInput, TextTemplateInput)
+    SUPPORTED_INPUTS = (CaptumTextTokenInput, CaptumTextTemplateInput)
 
     def __init__(
         self, attr_method: GradientAttribution, tokenizer: Any, attr_target: str = "log_prob"
@@ -105,7 +106,7 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
         gen_args: dict[str, Any] | None = None,
         *,
         include_per_token_attr: bool = True,
-        baselines: BaselineSpec = None,
+        baselines: BaselineSpec | list[BaselineSpec] = None,
         layer_mode: str = "independent",
         include_generated: bool = False,
         include_hidden_attr: bool = False,
@@ -114,6 +115,7 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
         show_progress: bool = False,
         internal_batch_size: int | None = None,
         reuse_prefix: bool = True,
+        forward_mode: bool | None = None,
         return_convergence_delta: bool = False,
         attribute_to_layer_input: bool = False,
         grad_kwargs: Mapping[str, Any] | None = None,
@@ -135,7 +137,9 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
                 backward pass in all; `token_attr` is then None.
             baselines: where the path of integrated gradients and GradientShap starts: None (the
                 input's own), a token id, a token string, "pad", "eos", "unk", "zero", "mean" (of
-                all embeddings), or a tensor of ids or embeddings, for all positions or one each.
+                all embeddings), "nearest" (each token's nearest other one) or ("nearest", n), a
+                tensor of ids or embeddings, for all positions or one each, or a list of several
+                of these, over which the attributions are averaged.
                 For a hidden layer it means that layer's output when the embeddings are so replaced.
             layer_mode: of several layers, "independent" (each as if it were alone) or "joint" (all
                 move along the path together).
@@ -150,6 +154,9 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
             internal_batch_size: rows (path points) per pass. Default: chosen for the device.
             reuse_prefix: run what precedes all features once, and take it from the key/value cache
                 in every other pass.
+            forward_mode: True takes one directional derivative per feature instead of one backward
+                pass per target token, False never does; None, the default, where it is cheaper.
+                Of the methods with a path, for each token, of layers that are not joint.
             return_convergence_delta: accepted for Captum's sake; the delta is on the result.
             attribute_to_layer_input: attribute to the layers' input instead of their output.
             grad_kwargs: further arguments of ``torch.autograd.grad``.
@@ -175,6 +182,8 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
             active, and when the model is not causal.
         """
         with _differentiable(self.model):
+            if isinstance(baselines, list) and not baselines:
+                raise ValueError("baselines must hold at least one baseline, got an empty list")
             _check_choices(layer_mode, num_trials, internal_batch_size, grad_kwargs)
             rule = read_rule(self.attr_method, method_options)
             warn_of_dropout(self.model)
@@ -187,20 +196,28 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
             if include_generated:
                 features = features.with_generated(tokens)
             forcing, causal = self._probed(forcing, features, reuse_prefix)
+            joint = layer_mode == "joint" and len(self._sites) > 1
+            possible = include_per_token_attr and not (include_hidden_attr or joint)
+            cheap = is_cheaper(features.n_columns, len(forcing.target))
             plan = Plan(
                 per_token=include_per_token_attr,
                 joint=layer_mode == "joint",
                 keep_hidden=include_hidden_attr,
                 rows=internal_batch_size or _rows(forcing, rule),
                 causal=causal,
+                column_at=features.column_at(forcing.ids.size(1))[forcing.cut :],
+                forward_mode=_forward_mode(forward_mode, rule, possible, cheap),
                 grad_kwargs=grad_kwargs or {},
             )
             sites = [replace(site, at_input=attribute_to_layer_input) for site in self._sites]
             trials = num_trials if isinstance(rule, PathRule) and _draws(rule, inp) else 1
-            more = [read_rule(self.attr_method, method_options) for _ in range(trials - 1)]
+            several = baselines if isinstance(baselines, list) else [baselines]
             starts = [
-                self._path_start(rule, baselines, inp, features, forcing) for _ in range(trials)
+                self._path_start(rule, baseline, inp, features, forcing)
+                for _ in range(trials)
+                for baseline in several
             ]
+            more = [read_rule(self.attr_method, method_options) for _ in starts[1:]]
             totals = _Job(forcing, sites, plan).run([rule, *more], starts, show_progress)
             return self._result(totals, features, tokens, inp, plan, layer_mode)
 
@@ -245,7 +262,7 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
         if not isinstance(rule, PathRule):
             return None
         ids, length = forcing.ids, forcing.ids.size(1)
-        if not isinstance(inp, TextTemplateInput):
+        if not isinstance(inp, CaptumTextTemplateInput):
             return path_start(baselines, inp, ids, features.column_at(length) >= 0, self.model)
         neutral = "mean" if baselines is None else baselines
         values = baseline_tokens(inp, self.tokenizer)
@@ -300,6 +317,17 @@ class _Job:
         if not isinstance(rule, PathRule):
             return spans
         return spans * len(rule.points) * (1 if plan.joint else len(self.sites))
+
+
+def _forward_mode(asked: bool | None, rule: Rule, possible: bool, cheap: bool) -> bool | None:
+    """Whether to go forward; None is decided for each layer, when it is known what moves there."""
+    possible = possible and isinstance(rule, PathRule)
+    if asked and not possible:
+        raise ValueError(
+            "forward_mode=True is for methods with a path (such as integrated gradients), with "
+            "include_per_token_attr=True, without include_hidden_attr and joint layers"
+        )
+    return None if asked is None and possible and cheap else bool(asked)
 
 
 def _draws(rule: PathRule, inp: InterpretableInput) -> bool:

@@ -42,6 +42,8 @@ def find_layers(model: nn.Module, *patterns: str) -> dict[str, nn.Module]:
         >>> list(layers)[:2]
         ['model.layers.0.self_attn.q_proj', 'model.layers.0.mlp']
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"find_layers expects a model first, got {type(model).__name__}")
     if not patterns:
         raise ValueError("find_layers expects at least one pattern, e.g. 'q_proj'; got none")
     names = [name for name, _ in model.named_modules() if name]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from captum_llm_ext.forward_mode import derivatives, is_cheaper, position_groups
 from captum_llm_ext.hooks import LayerState, reading, replaying, writing
 from captum_llm_ext.layers import Site
 from captum_llm_ext.methods import PathRule
@@ -46,6 +47,7 @@ class PathWalk:
         self.replayed, self.at_ends = self._scored_ends()
         # Each layer draws its noise as if it were alone.
         self.noise = {s: torch.Generator().manual_seed(self.rule.seed) for s in self.chain}
+        self.groups = self._groups() if self._may_go_forward() else []
 
     def walk(self, totals: Mapping[Site, LayerTotal]) -> None:
         """Add the attributions at the rule's points to the totals."""
@@ -66,8 +68,20 @@ class PathWalk:
             values[site], difference = self._values(site, alphas)
             share = _over_rows(shares, difference)
             factors[site] = share * difference if self.rule.multiply else share
+        if not self._add_forward(values, factors, totals):
+            self._add_backward(values, factors, totals)
+        self.plan.advance(len(alphas))
+
+    def _add_backward(
+        self,
+        values: Mapping[Site, Tensor],
+        factors: Mapping[Site, Tensor],
+        totals: Sequence[Mapping[Site, LayerTotal]],
+    ) -> None:
+        """One backward pass per target token."""
+        rows = len(next(iter(values.values())))
         with writing(values), reading(self.chain) as read:
-            scored = self._run(len(alphas), self.replayed, self.chain)
+            scored = self._run(rows, self.replayed, self.chain)
         wrt = [read[site] for site in self.chain]
         for output, gradients in scored.gradients(
             wrt, self.plan.per_token, **self.plan.grad_kwargs
@@ -76,7 +90,60 @@ class PathWalk:
                 products = factors[site] * gradient.float()
                 for total, part in zip(totals, products.chunk(len(totals)), strict=True):
                     total[site].add(output, part.sum(0))
-        self.plan.advance(len(alphas))
+
+    def _add_forward(
+        self,
+        values: Mapping[Site, Tensor],
+        factors: Mapping[Site, Tensor],
+        totals: Sequence[Mapping[Site, LayerTotal]],
+    ) -> bool:
+        """One pass with tangents per feature, whose attribution goes to its first position.
+
+        False, and nothing is added, where that is not wanted or the model cannot do it.
+        """
+        if not self.groups:
+            return False
+        site = self.chain[0]
+
+        def run(dual: Tensor) -> Pass:
+            with writing({site: dual}):
+                return self._run(len(dual), self.replayed)
+
+        try:
+            found = [derivatives(run, values[site], factors[site], g) for g in self.groups]
+        except (NotImplementedError, RuntimeError) as error:
+            if "forward" not in str(error):
+                raise
+            if self.plan.forward_mode:
+                raise ValueError(f"this model cannot do forward_mode=True: {error}") from error
+            logger.info("no forward mode in this model (%s): going backward", error)
+            self.groups = []
+            return False
+        for group, (tokens, sequence) in zip(self.groups, found, strict=True):
+            parts = zip(totals, tokens.chunk(len(totals)), sequence.chunk(len(totals)), strict=True)
+            for total, token_part, part in parts:
+                total[site].add_at(group[0], self.span.start, token_part.sum(0), part.sum(0))
+        return True
+
+    def _may_go_forward(self) -> bool:
+        """Whether the attributions are sums of hidden units, of one layer, for each token."""
+        if self.plan.forward_mode is False or self.plan.column_at is None:
+            return False
+        plain = self.rule.norm == "sum" and not self.plan.keep_hidden
+        return plain and self.plan.per_token and len(self.chain) == 1
+
+    def _groups(self) -> list[Tensor]:
+        """The positions of each feature, if forward mode is wanted."""
+        site, column_at = self.chain[0], self.plan.column_at
+        if column_at is None:
+            return []
+        difference = self.ends[site].tensor - self.starts[site]
+        moved = (difference[0] != 0).flatten(1).any(1).to(column_at.device)
+        if not self.rule.multiply or self.rule.stdev:
+            moved = torch.ones_like(moved)
+        groups = position_groups(column_at[: len(moved)], moved)
+        wanted = self.plan.forward_mode or is_cheaper(len(groups), len(self.span))
+        return groups if wanted else []
 
     @torch.no_grad()
     def scores(self, alphas: Tensor) -> Tensor:

@@ -28,10 +28,10 @@ from captum_llm_ext.checks import (
 )
 from captum_llm_ext.compat import (
     CaptumLLMAttribution,
+    CaptumTextTemplateInput,
     ImageMaskInput,
     InterpretableInput,
     PerturbationAttribution,
-    TextTemplateInput,
     default_perturb_func,
 )
 from captum_llm_ext.hooks import input_device
@@ -180,7 +180,7 @@ class LLMAttribution(CaptumLLMAttribution):
             )
         with torch.inference_mode(False), torch.no_grad():
             warn_of_dropout(self.model)
-            if isinstance(inp, TextTemplateInput):
+            if isinstance(inp, CaptumTextTemplateInput):
                 check_template(inp)
             inp = with_baselines(inp, baselines, self.model)
             forcing = self._teacher_forcing(inp, target, gen_args, contrast_target)

@@ -23,6 +23,8 @@ class Plan:
     keep_hidden: bool = False
     rows: int = 1
     causal: bool = True
+    column_at: Tensor | None = None  # (length,) the feature of each position, -1 for none
+    forward_mode: bool | None = False  # None: where it is cheaper
     grad_kwargs: Mapping[str, Any] = field(default_factory=dict)
     advance: Callable[[int], Any] = lambda rows: None  # told how many rows were differentiated
 
@@ -78,6 +80,12 @@ class LayerTotal:
         for name in ("tokens", "sequence", "hidden"):
             if getattr(self, name) is not None:
                 getattr(self, name).add_(getattr(other, name))
+
+    def add_at(self, position: Tensor, start: int, tokens: Tensor, sequence: Tensor) -> None:
+        """Add what a feature has for target tokens from `start` on, and for the sequence."""
+        stop = start + len(tokens)
+        self.tokens[start:stop, position] += tokens.to(self.tokens)
+        self.sequence[position, 0] += sequence.to(self.sequence)
 
     def add(self, output: int | None, part: Tensor) -> None:
         """Add (positions, …) of target token `output`, or of the sequence where that is None."""

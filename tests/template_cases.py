@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import product
 from typing import Any
 
 import captum.attr
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from captum_llm_ext import TextTemplateInput
-from tests.cases import STEPS, our_attribution
+from tests.cases import STEPS, our_attribution, target_ids
 from tests.families import CORPUS, CausalToy, layer_names, tiny_model, tiny_tokenizer
 from tests.oracles import Problem, gradient_x_activation
 
@@ -100,12 +100,19 @@ def by_majority(parts: Sequence[tuple[str, int]], tokenizer: Any) -> tuple[Tenso
     """Prompt ids (n,) and the value that holds most characters of each (n,), by its offsets.
 
     Of a token half of one value and half of another, either is right: every choice is listed.
-    A value comes before the template, which would leave it without a token.
+    A value comes before the template, and one that would have no token takes the template's
+    token with most of its characters. A value is left out where even that is not to be had.
     """
     owner_at = [owner for text, owner in parts for _ in text]
     encoded = tokenizer("".join(text for text, _ in parts), return_offsets_mapping=True)
     owners = [_most(owner_at[start:stop]) for start, stop in encoded["offset_mapping"]]
     choices = [torch.tensor(choice) for choice in product(*owners)]
+    for choice in choices:
+        for missing in sorted(set(owner_at) - {-1} - set(choice.tolist())):
+            shares = [owner_at[a:b].count(missing) for a, b in encoded["offset_mapping"]]
+            best = shares.index(max(shares))
+            if choice[best] == -1:
+                choice[best] = missing
     return torch.tensor(encoded["input_ids"]), choices
 
 
@@ -143,7 +150,49 @@ def wide_toy() -> CausalToy:
     return CausalToy(vocab_size=700)
 
 
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}</s>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
+def chat_pieces(
+    messages: Sequence[Mapping[str, str]], roles: Sequence[str], beginning: str = "<s>"
+) -> list[tuple[str, int]]:
+    """The chat as CHAT_TEMPLATE renders it, with the whole messages of the roles as values."""
+    found, number = [(beginning, -1)], 0
+    for message in messages:
+        wanted = message["role"] in roles
+        found += [
+            (f"<|{message['role']}|>\n", -1),
+            (message["content"], number if wanted else -1),
+            ("</s>\n", -1),
+        ]
+        number += wanted
+    return [*found, ("<|assistant|>\n", -1)]
+
+
+@cache
+def chat_tokenizer(adds_beginning: bool = True, writes_beginning: bool = True) -> Any:
+    """The tiny tokenizer for chats; who adds "<s>", the tokenizer, the template or both."""
+    tokenizer = copy.deepcopy(tiny_tokenizer())
+    if not adds_beginning:
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A")
+    start = 0 if writes_beginning else len("{{ bos_token }}")
+    tokenizer.chat_template = CHAT_TEMPLATE[start:]
+    return tokenizer
+
+
 # --- oracles -------------------------------------------------------------------------------------
+
+
+def question(family: str, layer_kind: str, count: int, **more: Any) -> tuple[Problem, Tensor]:
+    """The prompt with the values, its baseline with SAME_LENGTH, and the value of each position."""
+    model = tiny_model(family)
+    layer = model.get_submodule(layer_names(family)[layer_kind])
+    prompt, owners = unmerged(VALUES)
+    absent, _ = unmerged(SAME_LENGTH)
+    return Problem(model, [layer], prompt, target_ids(count), baseline=absent, **more), owners
 
 
 def captum_columns(

@@ -9,6 +9,7 @@ import pytest
 import torch
 from captum.attr import LayerIntegratedGradients
 
+from captum_llm_ext import LLMGradientAttribution
 from tests.cases import (
     assert_close,
     captum_attribution,
@@ -71,3 +72,17 @@ def test_baseline_keyword_gives_embeddings(kind: str, form: str, name: str) -> N
         LayerIntegratedGradients, model, question.layers[0], inp, target=target, baselines=given
     )
     assert_close(result.token_attr, formula("integrated_gradients", inp, question))
+
+
+def test_several_baselines_are_averaged() -> None:
+    model = tiny_model("llama")
+    method = LayerIntegratedGradients(model, "model.layers.1")
+    wrapper = LLMGradientAttribution(method, tiny_tokenizer())
+    options = {"target": target_ids(2), "n_steps": 3}
+    single = [wrapper.attribute(prompt_input(), baselines=b, **options) for b in (5, "mean")]
+    both = wrapper.attribute(prompt_input(), baselines=[5, "mean"], **options)
+    assert_close(both.token_attr, (single[0].token_attr + single[1].token_attr) / 2)
+    delta = (single[0].convergence_delta + single[1].convergence_delta) / 2
+    assert torch.allclose(both.convergence_delta, delta, atol=1e-4)
+    with pytest.raises(ValueError, match="empty list"):
+        wrapper.attribute(prompt_input(), baselines=[], **options)

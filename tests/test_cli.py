@@ -280,10 +280,21 @@ def test_perturbation_method(run):
 
 @pytest.mark.parametrize(
     "arguments",
-    [("--method", "ablation", "--sequence-only"), ("--method", "ig", "--samples", "3")],
+    [
+        ("--method", "ablation", "--sequence-only"),
+        ("--method", "ig", "--samples", "3"),
+        ("--adaptive",),
+        ("--baseline", "pad"),
+    ],
 )
 def test_options_of_other_methods_are_refused(run, arguments):
     code, _, err = run("--target", TARGET, *arguments)
     assert code == 2
-    assert arguments[-1] in err or "--samples" in err
+    assert any(argument in err for argument in arguments if argument.startswith("--"))
     assert one_line(err)
+
+
+def test_adaptive_and_baseline(run):
+    code, out, err = run("--target", TARGET, "--method", "ig", "--adaptive", "--baseline", "pad")
+    assert (code, err) == (0, "")
+    assert "input tokens" in out

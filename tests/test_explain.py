@@ -190,3 +190,10 @@ def test_perturbation_methods_are_captums(model, tokenizer, method, kind, option
 def test_perturbation_methods_have_no_layers(model, tokenizer):
     with pytest.raises(ValueError, match=r"ablation .* has no layers"):
         explain(model, tokenizer, PROMPT, TARGET, "ablation", layers="q_proj")
+
+
+def test_adaptive_quadrature_by_name(model, tokenizer):
+    result = explain(model, tokenizer, PROMPT, TARGET, "ig", quadrature="adaptive")
+    assert result.converged is True
+    with pytest.raises(ValueError, match="belongs to method 'ig'"):
+        explain(model, tokenizer, PROMPT, TARGET, quadrature="adaptive")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import pytest
@@ -41,6 +44,8 @@ CASES: dict[str, tuple[Frame, list[str]]] = {
     "new lines": (("interests:\n", V, "\n\n", V, "\n"), ["golf\nand hiking", " friends"]),
     "one letter each": ((V, V, V, V, V), list("Paris")),
     "what a mark might look like": ((V, " <0> [1] ", V), ["<1>", "\x00 \ue000 [0]"]),
+    "private use in a value": ((V, " and ", V), ["golf \U000f0000 \U000f0003", "\U0010fffd"]),
+    "private use in the template": (("\U000f0001 ", V, " and \U000f0000", V), ["golf", "Dave"]),
 }
 TOKENIZERS: dict[str, Callable[[], Any]] = {
     "words": tiny_tokenizer,
@@ -74,6 +79,9 @@ def test_each_token_belongs_to_the_value_that_it_mostly_covers(
     case: str, tokenizer: str, form: str
 ) -> None:
     frame, values = CASES[case]
+    has_none = without_token(frame, values, TOKENIZERS[tokenizer]())
+    if has_none:
+        named = pytest.raises(ValueError, match=f"value.*({'|'.join(map(re.escape, has_none))})")
     truths = expected(pieces(frame, values), TOKENIZERS[tokenizer](), len(values))
     keys = [f"key{i}" for i in range(len(values))]
     inputs = {
@@ -89,7 +97,15 @@ def test_each_token_belongs_to_the_value_that_it_mostly_covers(
     }
     inp = inputs[form]()
     assert inp.to_model_input() == filled(frame, values)
-    check(inp, TOKENIZERS[tokenizer](), truths)
+    with named if has_none else nullcontext():
+        check(inp, TOKENIZERS[tokenizer](), truths)
+
+
+def without_token(frame: Frame, values: Sequence[str], tokenizer: Any) -> set[str]:
+    """The values that have no token for themselves: they are refused by name."""
+    _, choices = by_majority(pieces(frame, values), tokenizer)
+    wanted = {i for i, value in enumerate(values) if value}
+    return {repr(values[i]) for owners in choices for i in wanted - set(owners.tolist())}
 
 
 def test_a_token_half_of_the_value_is_the_values() -> None:
@@ -164,6 +180,11 @@ USABLE: dict[str, tuple[Callable[..., str], Frame, list[str]]] = {
         (V, " plays ", V),
         ["Dave", "golf"],
     ),
+    "json": (
+        lambda a, b: json.dumps({"name": a, "sport": b}),
+        ('{"name": "', V, '", "sport": "', V, '"}'),
+        ["Dave", "golf"],
+    ),
     "numbered lines": (
         lambda *v: "\n".join(f"{i}. {x}" for i, x in enumerate(v)),
         ("0. ", V, "\n1. ", V),
@@ -199,12 +220,9 @@ def test_a_function_is_read_rightly_or_refused(name: str) -> None:
     assert filled(frame, in_place) == function(*values)
     truths = [t[:, order] for t in expected(pieces(frame, in_place), tiny_tokenizer(), 2)]
     inp = TextTemplateInput(function, list(values))
-    try:
+    refused = nullcontext() if name in MUST_WORK else suppress(ValueError)
+    with refused:
         check(inp, tiny_tokenizer(), truths)
-    except ValueError as refused:
-        if name in MUST_WORK:
-            raise
-        assert any(value in str(refused) for value in values)
 
 
 UNUSABLE: dict[str, tuple[Callable[..., str], str]] = {
@@ -229,11 +247,9 @@ def test_an_unusable_function_names_the_value(name: str, keywords: bool) -> None
     if keywords:
         values = dict(zip("abc", values, strict=True))
     inp = TextTemplateInput(function, values)
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=rf"(?s)(?=.*template).*({culprit}|'b')") as caught:
         by_gradient(inp, tiny_tokenizer(), target_ids(2))
-    message = str(caught.value)
-    assert culprit in message and "Dave" not in message and "'golf'" not in message
-    assert "template" in message
+    assert "Dave" not in str(caught.value)  # the others are not to blame
 
 
 @pytest.mark.parametrize("last", ["golf", " and golf"])

@@ -84,7 +84,8 @@ class AttributionText:
         cells = [self._column(column) for column in range(len(self.columns))]
         widths = [_PADDING + max(map(_cell_width, column)) for column in cells]
         labels = [self.tokens[row] for row in rows]
-        room = width - min(_LONGEST_LABEL, max(map(cell_len, labels))) - _PADDING
+        names = [*labels, *self.footers]
+        room = width - min(_LONGEST_LABEL, max(map(cell_len, names))) - _PADDING
         room -= (len(str(len(self.tokens))) + _PADDING) if numbered else 0
         for block in _blocks(widths, room):
             yield self._table([cells[column] for column in block], rows, block, numbered)
@@ -115,7 +116,8 @@ class AttributionText:
             table.add_column("", justify="right", style="dim")
         table.add_column("", no_wrap=True, overflow="ellipsis", max_width=_LONGEST_LABEL)
         for column in cells:
-            table.add_column(column[0], justify="right", no_wrap=True)
+            width = max(map(_cell_width, column))
+            table.add_column(column[0], justify="right", no_wrap=True, min_width=width)
         for row in rows:
             number = [Text(str(row))] if numbered else []
             label = Text(self.tokens[row])

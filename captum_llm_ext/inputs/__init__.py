@@ -3,11 +3,12 @@
 from captum_llm_ext.inputs.chats import chat_input
 from captum_llm_ext.inputs.features import Features, baseline_tokens, prompt_ids, read_features
 from captum_llm_ext.inputs.segments import segment_input
-from captum_llm_ext.inputs.templates import check_template, drawn
+from captum_llm_ext.inputs.templates import TextTemplateInput, check_template, drawn
 from captum_llm_ext.inputs.tokens import TextTokenInput, with_baselines
 
 __all__ = [
     "Features",
+    "TextTemplateInput",
     "TextTokenInput",
     "baseline_tokens",
     "chat_input",

@@ -45,9 +45,13 @@ def chat_input(
         >>> inp.values
         ['Where', 'Ġis', 'ĠParis', '?']
     """
+    if not isinstance(messages, Sequence):
+        raise TypeError(f"expected a list of messages first, got {type(messages).__name__}")
     if by not in CHAT_FEATURES:
         raise ValueError(f"by must be one of {', '.join(CHAT_FEATURES)}; got {by!r}")
     text, spans = _rendered(messages, tokenizer, roles)
+    if by == "token" and baselines is not None:
+        raise ValueError("of tokens the baselines are given to attribute()")
     if by == "token":
         return tokens_in_spans(text, spans, tokenizer)
     text, spans = _without_double_start(text, spans, tokenizer)
@@ -62,6 +66,11 @@ def _rendered(
     messages: Sequence[Mapping[str, str]], tokenizer: Any, roles: Sequence[str]
 ) -> tuple[str, list[Span]]:
     """The chat as text, and where the messages of the given roles stand in it."""
+    for message in messages:
+        if not (isinstance(message, Mapping) and isinstance(message.get("content"), str)):
+            raise ValueError(f"a message must be a dict with a str as 'content', got {message!r}")
+        if not isinstance(message.get("role"), str):
+            raise ValueError(f"a message must be a dict with a 'role', got {message!r}")
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError("the tokenizer has no chat template: pass a plain string as the prompt")
     roles = (roles,) if isinstance(roles, str) else roles

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from captum_llm_ext.compat import CaptumTextTokenInput, InterpretableInput, TextTemplateInput
+from captum_llm_ext.compat import CaptumTextTemplateInput, CaptumTextTokenInput, InterpretableInput
 from captum_llm_ext.inputs.templates import check_template, drawn, render_template, value_spans
 from captum_llm_ext.inputs.tokens import encode_with_offsets
 
@@ -35,7 +35,10 @@ class Features:
     @property
     def first(self) -> int:
         """The first position that belongs to a feature."""
-        return int((self.value_of >= 0).nonzero().min())
+        places = (self.value_of >= 0).nonzero()
+        if not len(places):
+            raise ValueError("the values of the input are all empty: there is nothing to attribute")
+        return int(places.min())
 
     def value_at(self, length: int) -> Tensor:
         """The value of each of `length` positions."""
@@ -64,7 +67,7 @@ def read_features(inp: InterpretableInput, tokenizer: Any, device: torch.device)
     """The features of a token or template input."""
     if isinstance(inp, CaptumTextTokenInput):
         return _of_tokens(inp, device)
-    if isinstance(inp, TextTemplateInput):
+    if isinstance(inp, CaptumTextTemplateInput):
         return _of_template(inp, tokenizer, device)
     raise ValueError(f"expected a TextTokenInput or TextTemplateInput, got {type(inp).__name__}")
 
@@ -87,7 +90,7 @@ def prompt_ids(
 
 
 def template_tokens(
-    inp: TextTemplateInput, values: Sequence[str], tokenizer: Any
+    inp: CaptumTextTemplateInput, values: Sequence[str], tokenizer: Any
 ) -> tuple[list[int], list[int]]:
     """Token ids of the template with these values, and the value that each token belongs to.
 
@@ -109,7 +112,7 @@ def template_tokens(
     return [token for token, _ in encoded], owners
 
 
-def baseline_tokens(inp: TextTemplateInput, tokenizer: Any) -> list[list[int]]:
+def baseline_tokens(inp: CaptumTextTemplateInput, tokenizer: Any) -> list[list[int]]:
     """The token ids of each value's baseline, as it is tokenised with all of them in place."""
     fixed = drawn(inp)
     ids, owners = template_tokens(inp, fixed.baselines, tokenizer)
@@ -131,7 +134,7 @@ def _of_tokens(inp: CaptumTextTokenInput, device: torch.device) -> Features:
     return Features(ids, value_of.to(device), columns, list(inp.values))
 
 
-def _of_template(inp: TextTemplateInput, tokenizer: Any, device: torch.device) -> Features:
+def _of_template(inp: CaptumTextTemplateInput, tokenizer: Any, device: torch.device) -> Features:
     check_template(inp)
     if not inp.values:
         raise ValueError("the template has no values: expected at least one")

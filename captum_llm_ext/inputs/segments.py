@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from captum_llm_ext.compat import TextTemplateInput
+from captum_llm_ext.inputs.templates import TextTemplateInput
 
 Span = tuple[int, int]
 
@@ -42,7 +42,10 @@ def segment_input(
         >>> segment_input("It rains. Stay in.", by="sentence").values
         ['It rains.', 'Stay in.']
     """
-    spans = _ordered(by, len(text)) if _is_spans(by) else find_segments(text, by)  # type: ignore
+    if isinstance(by, str | re.Pattern):
+        spans = find_segments(text, by)
+    else:
+        spans, baselines = _ordered(by, baselines, len(text))
     if not spans:
         raise ValueError(f"the text has no segment by {by!r}: choose another way to cut it")
     return template_of_spans(text, spans, baselines)
@@ -73,19 +76,24 @@ def template_of_spans(text: str, spans: Sequence[Span], baselines: Any = None) -
     return TextTemplateInput(template, [text[a:b] for a, b in spans], baselines=baselines)
 
 
-def _is_spans(by: Any) -> bool:
-    return not isinstance(by, str | re.Pattern)
-
-
-def _ordered(spans: Sequence[Span], length: int) -> list[Span]:
-    ordered = sorted((int(start), int(stop)) for start, stop in spans)
+def _ordered(spans: Any, baselines: Any, length: int) -> tuple[list[Span], Any]:
+    """The spans in the order of the text, each with its baseline."""
+    try:
+        given = [(int(start), int(stop)) for start, stop in spans]
+    except (TypeError, ValueError) as error:
+        names = ", ".join(PATTERNS)
+        raise ValueError(
+            f"by must be one of {names}, a regular expression or a list of (start, stop); "
+            f"got {spans!r}"
+        ) from error
+    order = sorted(range(len(given)), key=given.__getitem__)
     end = 0
-    for start, stop in ordered:
+    for start, stop in (given[i] for i in order):
         if not 0 <= start < stop <= length:
-            raise ValueError(
-                f"the span {(start, stop)} is not within a text of {length} characters"
-            )
+            raise ValueError(f"the span {(start, stop)} is not within the {length} characters")
         if start < end:
             raise ValueError(f"the span {(start, stop)} overlaps the one before it")
         end = stop
-    return ordered
+    if isinstance(baselines, list) and len(baselines) == len(order):
+        baselines = [baselines[i] for i in order]
+    return [given[i] for i in order], baselines

@@ -6,14 +6,43 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from typing import Any
 
-from captum_llm_ext.compat import InterpretableInput, TextTemplateInput
+from captum_llm_ext.compat import CaptumTextTemplateInput, InterpretableInput
 
-FIRST_MARK = 0xF0000  # of Unicode's supplementary private use area, which no text contains
+FIRST_MARK, MOST_MARKS = 0xF0000, 0x20000  # Unicode's supplementary private use areas
+
+
+class TextTemplateInput(CaptumTextTemplateInput):
+    """A template and its values, the features; Captum's class, with checked arguments.
+
+    Args:
+        template: a format string, or a function of the values that gives the text.
+        values: a list of str, or a dict for named fields.
+        baselines: what stands for each absent value, of the same form as the values; or a function
+            that draws them. Default: empty strings.
+        mask: an id per value, of the same form; values of one id are one feature.
+
+    Raises:
+        ValueError: baselines or mask that do not fit the values.
+
+    Example::
+
+        >>> inp = TextTemplateInput("{} lives in {}", ["Dave", "Palm Coast"])
+        >>> inp.to_model_input()
+        'Dave lives in Palm Coast'
+    """
+
+    def __init__(self, template: Any, values: Any, baselines: Any = None, mask: Any = None) -> None:
+        if not isinstance(values, list | dict):
+            raise ValueError(f"values must be a list or a dict, got {type(values).__name__}")
+        for what, given in (("baselines", baselines), ("mask", mask)):
+            if given is not None and not callable(given):
+                _check_form(what, given, values)
+        super().__init__(template, values, baselines, mask)
 
 
 def drawn(inp: InterpretableInput) -> InterpretableInput:
     """The input with its callable baseline drawn once, so that all perturbations share it."""
-    if not (isinstance(inp, TextTemplateInput) and callable(inp.baselines)):
+    if not (isinstance(inp, CaptumTextTemplateInput) and callable(inp.baselines)):
         return inp
     fixed = copy(inp)
     baselines: Any = inp.baselines()
@@ -22,16 +51,16 @@ def drawn(inp: InterpretableInput) -> InterpretableInput:
         baselines = [baselines[key] for key in inp.dict_keys]
     fixed.baselines = baselines
     _check_count(baselines, inp, "baselines")
+    _check_strings(baselines, "baseline")
     return fixed
 
 
-def check_template(inp: TextTemplateInput) -> None:
+def check_template(inp: CaptumTextTemplateInput) -> None:
     """Refuse baselines, a mask or a template that do not fit the values."""
-    for i, value in enumerate(inp.values):
-        if not isinstance(value, str):
-            raise ValueError(f"value {i} of the template must be a str, got {value!r}")
+    _check_strings(inp.values, "value")
     if not callable(inp.baselines):
         _check_count(inp.baselines, inp, "baselines")
+        _check_strings(inp.baselines, "baseline")
     if inp.mask is not None:
         _check_count(inp.mask, inp, "mask")
     try:
@@ -57,7 +86,9 @@ def value_spans(
         ValueError: a value comes twice, not at all, or not as it is; the message names it.
     """
     text = render(list(values))
-    clean, found = _unmark(render([_marked(i, value) for i, value in enumerate(values)]))
+    first = _first_mark(text, 2 * len(values))
+    marked = render([_marked(i, value, first) for i, value in enumerate(values)])
+    clean, found = _unmark(marked, first, 2 * len(values))
     spans: list[tuple[int, int]] = []
     for i, value in enumerate(values):
         opened, closed = found.get(2 * i, []), found.get(2 * i + 1, [])
@@ -68,11 +99,11 @@ def value_spans(
         if value and clean[slice(*spans[-1])] != value:
             raise ValueError(f"the template changes value {i}, {value!r}")
     if clean != text:
-        raise ValueError(f"the template changes {_sensitive_value(render, values, text)}")
+        raise ValueError(f"the template changes {_sensitive_value(render, values, text, first)}")
     return text, spans
 
 
-def render_template(inp: TextTemplateInput) -> Callable[[list[str]], str]:
+def render_template(inp: CaptumTextTemplateInput) -> Callable[[list[str]], str]:
     """The template as a function of the values in their order."""
 
     def render(values: list[str]) -> str:
@@ -83,36 +114,68 @@ def render_template(inp: TextTemplateInput) -> Callable[[list[str]], str]:
     return render
 
 
-def _marked(i: int, value: str) -> str:
-    return f"{chr(FIRST_MARK + 2 * i)}{value}{chr(FIRST_MARK + 2 * i + 1)}" if value else value
+def _first_mark(text: str, count: int) -> int:
+    """Where `count` code points in a row begin that the text does not contain."""
+    used = sorted(ord(c) for c in set(text) if FIRST_MARK <= ord(c) < FIRST_MARK + MOST_MARKS)
+    first = FIRST_MARK
+    for code in used:
+        if code - first >= count:
+            break
+        first = code + 1
+    if first + count > FIRST_MARK + MOST_MARKS:
+        raise ValueError("the text uses up the private characters that mark its values")
+    return first
 
 
-def _unmark(text: str) -> tuple[str, dict[int, list[int]]]:
+def _marked(i: int, value: str, first: int) -> str:
+    return f"{chr(first + 2 * i)}{value}{chr(first + 2 * i + 1)}" if value else value
+
+
+def _unmark(text: str, first: int, count: int) -> tuple[str, dict[int, list[int]]]:
     """The text without marks, and where each mark stood in it."""
     clean: list[str] = []
     found: dict[int, list[int]] = {}
     for character in text:
-        mark = ord(character) - FIRST_MARK
-        if mark < 0:
+        mark = ord(character) - first
+        if not 0 <= mark < count:
             clean.append(character)
         else:
             found.setdefault(mark, []).append(len(clean))
     return "".join(clean), found
 
 
-def _sensitive_value(render: Callable[[list[str]], str], values: Sequence[str], text: str) -> str:
+def _sensitive_value(
+    render: Callable[[list[str]], str], values: Sequence[str], text: str, first: int
+) -> str:
     """The value that the template treats otherwise when it is marked."""
     for i, value in enumerate(values):
-        marked = [_marked(i, v) if i == j else v for j, v in enumerate(values)]
-        if _unmark(render(marked))[0] != text:
+        marked = [_marked(i, v, first) if i == j else v for j, v in enumerate(values)]
+        if _unmark(render(marked), first, 2 * len(values))[0] != text:
             return f"value {i}, {value!r}"
     return "its values"
 
 
-def _check_count(given: Any, inp: TextTemplateInput, what: str) -> None:
+def _check_count(given: Any, inp: CaptumTextTemplateInput, what: str) -> None:
     if not isinstance(given, list) or len(given) != len(inp.values):
         count = len(given) if isinstance(given, list) else repr(given)
         raise ValueError(f"{what} must be a list of {len(inp.values)}, one per value; got {count}")
+
+
+def _check_form(what: str, given: Any, values: list[str] | dict[str, str]) -> None:
+    if isinstance(values, dict):
+        _check_keys(given, list(values), what)
+    elif not isinstance(given, list):
+        raise ValueError(f"{what} must be a list, since the values are a list; got {given!r}")
+    elif len(given) != len(values):
+        raise ValueError(
+            f"{what} must be a list of {len(values)}, one per value; got {len(given)}: {given!r}"
+        )
+
+
+def _check_strings(given: Sequence[Any], what: str) -> None:
+    for i, item in enumerate(given):
+        if not isinstance(item, str):
+            raise ValueError(f"{what} {i} of the template must be a str, got {item!r}")
 
 
 def _check_keys(given: Any, keys: Sequence[str], what: str) -> None:

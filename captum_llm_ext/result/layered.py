@@ -156,7 +156,7 @@ class LLMLayerAttributionResult(LLMAttributionResult, Mapping[str, LLMAttributio
         values, label, scale = array(self.layer_seq_attr), "Sequence Attribution", None
         if normalize:
             values, scale = relative_to_rows(values)
-            label += " / largest of its layer"
+            label += " / largest of its layer but for outliers"
         names = short_layer_names(self.layer_names)
         drawn = draw_heat_map(values[::-1], names[::-1], self.input_tokens, label, ax, scale)
         return shown(drawn, show)

@@ -42,9 +42,8 @@ def main() -> None:
 
     reused, plain = run(True).seq_attr, run(False).seq_attr
     difference = float((reused - plain).abs().max() / plain.abs().max())
-    print(
-        f"{n_prefix} of {n_all} tokens are fixed; largest difference {difference:.0e} of the maximum"
-    )
+    print(f"{n_prefix} of {n_all} tokens are fixed")
+    print(f"largest difference: {difference:.0e} of the maximum")
     rows = [time_row("prefix reused (right: not reused)", 6, lambda: run(True), lambda: run(False))]
     print_table(rows)
     print(f"written: {write_results('prefixes', rows)}")
