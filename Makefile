@@ -59,6 +59,7 @@ bench: $(STAMP)
 	$(BIN)/python -m tests.benchmarks.gradients
 	$(BIN)/python -m tests.benchmarks.perturbations
 	$(BIN)/python -m tests.benchmarks.prefixes
+	$(BIN)/python -m tests.benchmarks.forward
 
 clean:
 	rm -rf $(VENV) build dist demo .mypy_cache .pytest_cache .ruff_cache .hypothesis
