@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_llm_ext.compat import InterpretableInput
-from captum_llm_ext.hooks import known_token_embedding, token_embedding
+from captum_llm_ext.model_parts import known_token_embedding, token_embedding
 
 SPECIAL_BASELINES = ("pad", "eos", "unk")
 EMBEDDING_BASELINES = ("zero", "mean")

@@ -7,7 +7,8 @@ import warnings
 import torch
 from torch import nn
 
-from captum_llm_ext.hooks import evaluating, known_token_embedding
+from captum_llm_ext.hooks import evaluating
+from captum_llm_ext.model_parts import known_token_embedding
 from captum_llm_ext.model_pass import Pass, TeacherForcing
 
 

@@ -11,16 +11,10 @@ from torch import Tensor
 
 from captum_llm_ext.adaptive import walk_adaptively
 from captum_llm_ext.baselines import PathStart
-from captum_llm_ext.hooks import (
-    LayerState,
-    embedding_leaves,
-    reading,
-    token_embedding,
-    tracing,
-    writing,
-)
+from captum_llm_ext.hooks import LayerState, embedding_leaves, reading, tracing, writing
 from captum_llm_ext.layers import Site, decoder_blocks
 from captum_llm_ext.methods import PathRule, PointRule, Rule
+from captum_llm_ext.model_parts import token_embedding
 from captum_llm_ext.model_pass import TargetSpan, TeacherForcing
 from captum_llm_ext.path_walk import Blocks, PathWalk
 from captum_llm_ext.totals import LayerTotal, Plan

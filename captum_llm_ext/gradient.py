@@ -36,10 +36,11 @@ from captum_llm_ext.compat import (
 )
 from captum_llm_ext.differentiate import attribute_layers
 from captum_llm_ext.forward_mode import is_cheaper
-from captum_llm_ext.hooks import evaluating, frozen_parameters, input_device, without_checkpointing
+from captum_llm_ext.hooks import evaluating, frozen_parameters, without_checkpointing
 from captum_llm_ext.inputs import Features, baseline_tokens, read_features
 from captum_llm_ext.layers import Site, resolve_sites
 from captum_llm_ext.methods import RULES, PathRule, Rule, read_rule
+from captum_llm_ext.model_parts import input_device
 from captum_llm_ext.model_pass import TeacherForcing, tokens_per_pass
 from captum_llm_ext.prefix_cache import FEWEST_REUSED, PrefixCache, can_be_cut, keeps_cache
 from captum_llm_ext.result import LLMAttributionResult

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from captum_llm_ext.layers import Site
+from captum_llm_ext.model_parts import named_by_model, output_head
 
 Change = Callable[[Tensor], Tensor]
 
@@ -195,52 +196,11 @@ def embedding_leaves(model: nn.Module, ids: Tensor) -> Iterator[list[Tensor]]:
         return leaf
 
     with ExitStack() as stack:
-        named = _named_by_model(model, "get_input_embeddings")
+        named = named_by_model(model, "get_input_embeddings")
         found = [m for m in model.modules() if isinstance(m, nn.Embedding) or m is named]
         for module in found:
             stack.callback(module.register_forward_hook(make_leaf).remove)
         yield leaves
-
-
-def token_embedding(model: nn.Module) -> nn.Module:
-    """The embedding of the token ids.
-
-    Raises ValueError where the model does not name it and has several.
-    """
-    found = known_token_embedding(model)
-    if found is None:
-        raise ValueError(
-            f"cannot tell which embedding of {type(model).__name__} is that of the tokens: give "
-            "the model a get_input_embeddings(), or use a token id as the baseline"
-        )
-    return found
-
-
-def known_token_embedding(model: nn.Module) -> nn.Module | None:
-    """The embedding that the model names, or its only one, or None."""
-    named = _named_by_model(model, "get_input_embeddings")
-    only = [m for m in model.modules() if isinstance(m, nn.Embedding)]
-    return named if named is not None or len(only) != 1 else only[0]
-
-
-def input_device(model: nn.Module, default: torch.device | str) -> torch.device:
-    """Where the ids go: with the embeddings, also when a model is spread over devices."""
-    weight = getattr(known_token_embedding(model), "weight", None)
-    known = isinstance(weight, Tensor) and weight.device.type != "meta"
-    return weight.device if known else torch.device(default)  # type: ignore[union-attr]
-
-
-def output_head(model: nn.Module) -> nn.Module | None:
-    return _named_by_model(model, "get_output_embeddings")
-
-
-def _named_by_model(model: nn.Module, getter: str) -> nn.Module | None:
-    """The module that a transformers model names itself, where it does."""
-    try:
-        module = getattr(model, getter, lambda: None)()
-    except NotImplementedError:
-        return None
-    return module if isinstance(module, nn.Module) else None
 
 
 def _is_ids(tensor: Any, ids: Tensor) -> bool:

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from captum_llm_ext.hooks import HeadInput, output_head, split_at_head
+from captum_llm_ext.hooks import HeadInput, split_at_head
 from captum_llm_ext.layers import Site
+from captum_llm_ext.model_parts import output_head
 from captum_llm_ext.prefix_cache import PrefixCache, accepts
 from captum_llm_ext.targets import Target
 

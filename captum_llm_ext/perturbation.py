@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from copy import copy, deepcopy
-from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 from captum.attr import KernelShap, Lime
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from captum_llm_ext.baselines import BaselineSpec
 from captum_llm_ext.checks import (
@@ -26,6 +21,7 @@ from captum_llm_ext.checks import (
     probed,
     warn_of_dropout,
 )
+from captum_llm_ext.coalitions import Coalitions, same_random_state
 from captum_llm_ext.compat import (
     CaptumLLMAttribution,
     CaptumTextTemplateInput,
@@ -34,8 +30,8 @@ from captum_llm_ext.compat import (
     PerturbationAttribution,
     default_perturb_func,
 )
-from captum_llm_ext.hooks import input_device
 from captum_llm_ext.inputs import check_template, drawn, prompt_ids, with_baselines
+from captum_llm_ext.model_parts import input_device
 from captum_llm_ext.model_pass import TeacherForcing
 from captum_llm_ext.prefix_cache import keeps_cache
 from captum_llm_ext.prompts import PromptScorer
@@ -192,7 +188,7 @@ class LLMAttribution(CaptumLLMAttribution):
             known: dict[tuple[int, ...], Tensor] = {}
             trials = []
             for _ in range(num_trials):
-                asked = _Perturbations(drawn(inp), self.tokenizer, scorer, known)
+                asked = Coalitions(drawn(inp), self.tokenizer, scorer, known)
                 if self._repeats_itself():
                     self._collect(asked, kwargs)
                     asked.score(show_progress)
@@ -254,7 +250,7 @@ class LLMAttribution(CaptumLLMAttribution):
         own_draws = getattr(self.attr_method, "perturb_func", None)
         return isinstance(self.attr_method, KernelShap) or own_draws in (None, default_perturb_func)
 
-    def _collect(self, asked: _Perturbations, kwargs: dict[str, Any]) -> None:
+    def _collect(self, asked: Coalitions, kwargs: dict[str, Any]) -> None:
         """Let the method run on scores of zero, to learn which perturbations it wants.
 
         They do not depend on the scores, and the random state is put back, so that it wants the
@@ -266,11 +262,11 @@ class LLMAttribution(CaptumLLMAttribution):
             asked.add(rows)
             return torch.zeros((len(rows), width) if width else len(rows), device=rows.device)
 
-        with _same_random_state():
+        with same_random_state():
             self._run(zeros, asked.inp, kwargs, rehearsal=True)
 
     def _attribute_once(
-        self, asked: _Perturbations, inspect: InspectForward | None, kwargs: dict[str, Any]
+        self, asked: Coalitions, inspect: InspectForward | None, kwargs: dict[str, Any]
     ) -> Tensor:
         """Attributions (1 + n_output or 1, n_features) of one trial."""
 
@@ -299,7 +295,7 @@ class LLMAttribution(CaptumLLMAttribution):
         return result
 
     def _inspect(
-        self, inspect: InspectForward, asked: _Perturbations, rows: Tensor, found: list[Tensor]
+        self, inspect: InspectForward, asked: Coalitions, rows: Tensor, found: list[Tensor]
     ) -> None:
         response = self.tokenizer.decode(asked.scorer.target.ids)
         for row, one in zip(rows, found, strict=True):
@@ -318,60 +314,3 @@ class LLMAttribution(CaptumLLMAttribution):
             output_tokens=tokens,
             inp=inp,
         )
-
-
-@dataclass
-class _Perturbations:
-    """The perturbed prompts of a trial, by which features are present, and their scores."""
-
-    inp: InterpretableInput
-    tokenizer: Any
-    scorer: PromptScorer
-    known: dict[tuple[int, ...], Tensor]
-    _prompts: dict[tuple[bool, ...], Tensor] = field(default_factory=dict)
-
-    def prompt(self, row: Tensor) -> Tensor:
-        """The ids (n_prompt,) of the prompt with the features that `row` (n_features,) has."""
-        present = tuple((row == 1).tolist())
-        if present not in self._prompts:
-            device = self.scorer.reference.device
-            self._prompts[present] = prompt_ids(self.inp, row[None], self.tokenizer, device)
-        return self._prompts[present]
-
-    def add(self, rows: Tensor) -> None:
-        for row in rows:
-            self.prompt(row)
-
-    def score(self, show_progress: bool = False) -> None:
-        """Score all prompts that have no score yet, each once."""
-        new = {_key(p): p for p in self._prompts.values() if _key(p) not in self.known}
-        if not new:
-            return
-        longest = max(new.values(), key=len)
-        check_context(replace(self.scorer.forcing, prompt_ids=longest[None]))
-        with tqdm(total=len(new), disable=not show_progress, desc="prompts") as bar:
-            self.scorer.advance = bar.update
-            self.known.update(zip(new, self.scorer.scores(list(new.values())), strict=True))
-
-    def found(self, row: Tensor) -> Tensor:
-        """(2, 1 + n_output): scores and log probabilities; scored now if it was not foreseen."""
-        key = _key(self.prompt(row))
-        if key not in self.known:
-            self.score()
-        return self.known[key]
-
-
-def _key(prompt: Tensor) -> tuple[int, ...]:
-    return tuple(prompt.tolist())
-
-
-@contextmanager
-def _same_random_state() -> Iterator[None]:
-    """What is drawn inside is drawn again afterwards: by torch, numpy and Python."""
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from captum_llm_ext.hooks import output_head
+from captum_llm_ext.model_parts import output_head
 from captum_llm_ext.model_pass import (
     PASS_OVERHEAD,
     Pass,

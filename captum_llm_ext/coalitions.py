@@ -1,0 +1,76 @@
+"""The coalitions of features that a method asks for: their prompts, and their scores."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from captum_llm_ext.checks import check_context
+from captum_llm_ext.compat import InterpretableInput
+from captum_llm_ext.inputs import prompt_ids
+from captum_llm_ext.prompts import PromptScorer
+
+
+@dataclass
+class Coalitions:
+    """The perturbed prompts of a trial, by which features are present, and their scores."""
+
+    inp: InterpretableInput
+    tokenizer: Any
+    scorer: PromptScorer
+    known: dict[tuple[int, ...], Tensor]
+    _prompts: dict[tuple[bool, ...], Tensor] = field(default_factory=dict)
+
+    def prompt(self, row: Tensor) -> Tensor:
+        """The ids (n_prompt,) of the prompt with the features that `row` (n_features,) has."""
+        present = tuple((row == 1).tolist())
+        if present not in self._prompts:
+            device = self.scorer.reference.device
+            self._prompts[present] = prompt_ids(self.inp, row[None], self.tokenizer, device)
+        return self._prompts[present]
+
+    def add(self, rows: Tensor) -> None:
+        for row in rows:
+            self.prompt(row)
+
+    def score(self, show_progress: bool = False) -> None:
+        """Score all prompts that have no score yet, each once."""
+        new = {_key(p): p for p in self._prompts.values() if _key(p) not in self.known}
+        if not new:
+            return
+        longest = max(new.values(), key=len)
+        check_context(replace(self.scorer.forcing, prompt_ids=longest[None]))
+        with tqdm(total=len(new), disable=not show_progress, desc="prompts") as bar:
+            self.scorer.advance = bar.update
+            self.known.update(zip(new, self.scorer.scores(list(new.values())), strict=True))
+
+    def found(self, row: Tensor) -> Tensor:
+        """(2, 1 + n_output): scores and log probabilities; scored now if it was not foreseen."""
+        key = _key(self.prompt(row))
+        if key not in self.known:
+            self.score()
+        return self.known[key]
+
+
+def _key(prompt: Tensor) -> tuple[int, ...]:
+    return tuple(prompt.tolist())
+
+
+@contextmanager
+def same_random_state() -> Iterator[None]:
+    """What is drawn inside is drawn again afterwards: by torch, numpy and Python."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)

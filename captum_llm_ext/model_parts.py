@@ -1,0 +1,47 @@
+"""The parts of a model that it names itself: token embedding, output head, and where ids go."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def token_embedding(model: nn.Module) -> nn.Module:
+    """The embedding of the token ids.
+
+    Raises ValueError where the model does not name it and has several.
+    """
+    found = known_token_embedding(model)
+    if found is None:
+        raise ValueError(
+            f"cannot tell which embedding of {type(model).__name__} is that of the tokens: give "
+            "the model a get_input_embeddings(), or use a token id as the baseline"
+        )
+    return found
+
+
+def known_token_embedding(model: nn.Module) -> nn.Module | None:
+    """The embedding that the model names, or its only one, or None."""
+    named = named_by_model(model, "get_input_embeddings")
+    only = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+    return named if named is not None or len(only) != 1 else only[0]
+
+
+def input_device(model: nn.Module, default: torch.device | str) -> torch.device:
+    """Where the ids go: with the embeddings, also when a model is spread over devices."""
+    weight = getattr(known_token_embedding(model), "weight", None)
+    known = isinstance(weight, Tensor) and weight.device.type != "meta"
+    return weight.device if known else torch.device(default)  # type: ignore[union-attr]
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    return named_by_model(model, "get_output_embeddings")
+
+
+def named_by_model(model: nn.Module, getter: str) -> nn.Module | None:
+    """The module that a transformers model names itself, where it does."""
+    try:
+        module = getattr(model, getter, lambda: None)()
+    except NotImplementedError:
+        return None
+    return module if isinstance(module, nn.Module) else None
