@@ -114,6 +114,18 @@ def warn_unless_converged(
         warnings.warn(_not_converged(relative, unmet, output_tokens), stacklevel=4)
 
 
+def warn_of_zeros(by_site: Mapping[Site, LayerTotal]) -> None:
+    """Warn where a layer that sees the tokens has no gradient at all: something cuts it off."""
+    zero = [site.name for site, total in by_site.items() if total.is_cut_off]
+    if zero:
+        warnings.warn(
+            f"no gradient reaches {', '.join(zero[:3])}{' …' if len(zero) > 3 else ''}: its "
+            "attribution is zero everywhere. A layer after it cuts the gradient off, as quantised "
+            "layers without a backward do (4-bit layers on a CPU after a pass without gradients)",
+            stacklevel=4,
+        )
+
+
 def _not_converged(relative: Tensor, unmet: int, output_tokens: Sequence[str]) -> str:
     worst = int(relative.amax(0).argmax())
     what = repr(output_tokens[worst]) if relative.size(1) == len(output_tokens) else "the sequence"

@@ -28,7 +28,9 @@ def attribute_layers(
     for span in forcing.spans(plan.per_token, plan.rows, plan.causal, _divides(rule, plan)):
         ends, blocks = _trace(forcing, span, sites)
         for site in sites:
-            totals.setdefault(site, LayerTotal(forcing, rule, plan, ends[site].tensor))
+            end = ends[site]
+            new = LayerTotal(forcing, rule, plan, end.tensor, end.depends_on_tokens)
+            totals.setdefault(site, new)
         alive = [site for site in sites if ends[site].depends_on_tokens]
         if not alive:
             continue

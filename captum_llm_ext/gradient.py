@@ -16,6 +16,7 @@ from captum_llm_ext.assemble import (
     layer_columns,
     layered_result,
     single_result,
+    warn_of_zeros,
     warn_unless_converged,
 )
 from captum_llm_ext.baselines import BaselineSpec, PathStart, path_start, template_start
@@ -283,6 +284,7 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
             site: layer_columns(total, features, plan.per_token, plan.keep_hidden)
             for site, total in totals.items()
         }
+        warn_of_zeros(totals)
         warn_unless_converged(list(by_site.values()), plan.joint, tokens)
         if self._several:
             return layered_result(by_site, layer_mode, features, tokens, inp)

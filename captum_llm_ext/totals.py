@@ -40,7 +40,10 @@ class LayerTotal:
     whether adaptive quadrature met its tolerance, or None.
     """
 
-    def __init__(self, forcing: TeacherForcing, rule: Rule, plan: Plan, value: Tensor) -> None:
+    def __init__(
+        self, forcing: TeacherForcing, rule: Rule, plan: Plan, value: Tensor, depends: bool
+    ) -> None:
+        self.depends = depends
         n_output, length = len(forcing.target), forcing.ids.size(1) - forcing.cut
         self.cut = forcing.cut
         device = forcing.ids.device
@@ -80,6 +83,13 @@ class LayerTotal:
         for name in ("tokens", "sequence", "hidden"):
             if getattr(self, name) is not None:
                 getattr(self, name).add_(getattr(other, name))
+
+    @property
+    def is_cut_off(self) -> bool:
+        """Whether nothing arrived although the layer sees the tokens and its path has a length."""
+        difference = self.score_difference
+        expected = self.depends and (difference is None or bool(difference.any()))
+        return expected and not (self.tokens.any() or self.sequence.any())
 
     def add_at(self, position: Tensor, start: int, tokens: Tensor, sequence: Tensor) -> None:
         """Add what a feature has for target tokens from `start` on, and for the sequence."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from types import SimpleNamespace
 from typing import Any
 
@@ -201,3 +202,33 @@ def test_batches_of_many_prompts_are_bounded() -> None:
     found = batches([20] * 2000, [0] * 2000, 3, 10**9, None)
     assert sorted(i for batch in found for i in batch) == list(range(2000))
     assert max(map(len, found)) <= MOST_ROWS
+
+
+class CutOff(nn.Module):
+    """A layer whose product has no backward, as of packed 4-bit weights."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self.layer(hidden.detach().requires_grad_(), *args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        (LayerSaliency, {}),
+        (LayerGradientXActivation, {}),
+        (LayerIntegratedGradients, {"n_steps": 2}),
+    ],
+)
+def test_a_gradient_that_is_cut_off_is_said(method: Any, options: dict[str, Any]) -> None:
+    model = tiny_model("llama", fresh=True)
+    blocks: Any = model.model.layers
+    blocks[2] = CutOff(blocks[2])
+    with pytest.warns(UserWarning, match="no gradient reaches model.embed_tokens"):
+        attribute(method(model, "model.embed_tokens"), **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attribute(LayerSaliency(tiny_model("llama"), ["q_proj", "model.rotary_emb"]))
