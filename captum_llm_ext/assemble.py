@@ -114,6 +114,16 @@ def warn_unless_converged(
         warnings.warn(_not_converged(relative, unmet, output_tokens), stacklevel=4)
 
 
+def check_totals(by_site: Mapping[Site, LayerTotal]) -> None:
+    """Refuse attributions that are no numbers: in float16 gradients can overflow."""
+    for site, total in by_site.items():
+        if not (total.tokens.isfinite().all() and total.sequence.isfinite().all()):
+            raise ValueError(
+                f"the attribution of {site.name!r} is not finite: gradients overflow in float16; "
+                "load the model in bfloat16 or float32"
+            )
+
+
 def warn_of_zeros(by_site: Mapping[Site, LayerTotal]) -> None:
     """Warn where a layer that sees the tokens has no gradient at all: something cuts it off."""
     zero = [site.name for site, total in by_site.items() if total.is_cut_off]

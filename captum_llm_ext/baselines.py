@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_llm_ext.compat import InterpretableInput
-from captum_llm_ext.model_parts import known_token_embedding, token_embedding
+from captum_llm_ext.model_parts import embedded, known_token_embedding, token_embedding
 
 SPECIAL_BASELINES = ("pad", "eos", "unk")
 EMBEDDING_BASELINES = ("zero", "mean")
@@ -93,7 +93,7 @@ def template_start(
         if value and len(value) == len(places):
             new_ids[0, places] = torch.tensor(value, device=ids.device)
         elif value and len(places):
-            rows[i] = places, _mean_embedding(value, model)
+            rows[i] = places, embedded(torch.tensor(value), model).mean(0)
     return _with_rows(replace(start, ids=new_ids), rows, model)
 
 
@@ -124,10 +124,10 @@ def baseline_ids(
 
 def nearest_ids(ids: Tensor, rank: int, model: nn.Module) -> Tensor:
     """For each of `ids` (length,) the `rank`-th nearest other token by cosine of the embeddings."""
-    weight: Tensor = token_embedding(model).weight  # type: ignore[assignment]
-    if not (isinstance(rank, int) and 1 <= rank < len(weight)):
-        raise ValueError(f"the rank of 'nearest' must be in 1…{len(weight) - 1}, got {rank!r}")
-    unit = torch.nn.functional.normalize(weight.detach().float(), dim=-1)
+    size = token_embedding(model).weight.size(0)  # type: ignore[operator]
+    if not (isinstance(rank, int) and 1 <= rank < size):
+        raise ValueError(f"the rank of 'nearest' must be in 1…{size - 1}, got {rank!r}")
+    unit = torch.nn.functional.normalize(embedded(torch.arange(size), model), dim=-1)
     index = ids.to(unit.device)
     cosine = unit[index] @ unit.T
     cosine.scatter_(1, index[:, None], -torch.inf)
@@ -138,15 +138,6 @@ def _chosen(flags: Tensor, index: Tensor) -> Tensor:
     """flags[index], where an index out of range is False."""
     known = (index >= 0) & (index < len(flags))
     return known & flags.to(index.device)[index.clamp(0, len(flags) - 1)]
-
-
-@torch.no_grad()
-def _mean_embedding(ids: Sequence[int], model: nn.Module) -> Tensor:
-    """The mean (hidden,) of the embeddings of some tokens, as the model embeds them."""
-    embedding = token_embedding(model)
-    weight: Tensor = embedding.weight  # type: ignore[assignment]
-    mean: Tensor = embedding(torch.tensor(ids, device=weight.device)).float().mean(0)
-    return mean
 
 
 def _with_rows(
@@ -216,14 +207,11 @@ def _check_id(token: int, model: nn.Module) -> None:
 
 def _named_embedding(name: str, model: nn.Module) -> Tensor:
     """The zero vector, or the mean of all token embeddings, (hidden,), as the model embeds them."""
-    embedding = token_embedding(model)
-    weight: Tensor = embedding.weight  # type: ignore[assignment]
-    chunks = torch.arange(weight.size(0), device=weight.device).split(8192)
-    with torch.no_grad():
-        if name == "zero":
-            return torch.zeros_like(embedding(chunks[0][:1])[0].float())
-        total = torch.stack([embedding(chunk).float().sum(0) for chunk in chunks]).sum(0)
-    return total / weight.size(0)
+    size = token_embedding(model).weight.size(0)  # type: ignore[operator]
+    chunks = torch.arange(size).split(8192)
+    if name == "zero":
+        return torch.zeros_like(embedded(chunks[0][0], model))
+    return torch.stack([embedded(chunk, model).sum(0) for chunk in chunks]).sum(0) / size
 
 
 def _per_position(values: Tensor, replaced: Tensor, value_dims: int) -> Tensor:

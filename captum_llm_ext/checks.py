@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from captum_llm_ext.hooks import evaluating
+from captum_llm_ext.hooks import embedding_leaves, evaluating, reading
+from captum_llm_ext.layers import Site, decoder_blocks
 from captum_llm_ext.model_parts import known_token_embedding
 from captum_llm_ext.model_pass import Pass, TeacherForcing
+from captum_llm_ext.quantized import quantized_layers, quantizes_activations
 
 
 def check_ids(forcing: TeacherForcing) -> None:
@@ -48,6 +52,19 @@ def warn_of_dropout(model: nn.Module) -> None:
         )
 
 
+def warn_of_low_precision(forcing: TeacherForcing, probe: Pass, sites: Sequence[Site]) -> None:
+    """A path from the embeddings is too uneven for 16 bits: on a real model its attribution in
+    bfloat16 had nothing in common with that in float32."""
+    embedding = known_token_embedding(forcing.model)
+    low = probe.precision in (torch.bfloat16, torch.float16)
+    if low and any(site.module is embedding for site in sites):
+        warnings.warn(
+            f"a path at the embeddings computed in {str(probe.precision).removeprefix('torch.')} "
+            "is not reliable: take a float32 model, the layers of a block, or LayerSaliency",
+            stacklevel=3,
+        )
+
+
 def probed(forcing: TeacherForcing, use_cache: bool = False) -> Pass:
     """The pass that tells whether the model is causal; dropout would look as if it were not."""
     with evaluating(forcing.model):
@@ -58,7 +75,7 @@ def check_finite(probe: Pass) -> None:
     """Refuse scores that are no numbers, from which nothing can be attributed."""
     if not probe.token_scores().isfinite().all():
         raise ValueError(
-            f"the model's scores are not finite in {probe.logits.dtype}: load it in bfloat16 or "
+            f"the model's scores are not finite in {probe.precision}: load it in bfloat16 or "
             "float32, and check that the target's tokens can be generated at all"
         )
 
@@ -69,6 +86,13 @@ def check_causal(forcing: TeacherForcing, probe: Pass, product: bool = True) -> 
     product: whether a product of probabilities must come from one pass.
     """
     check_finite(probe)
+    if quantizes_activations(forcing.model):
+        warnings.warn(
+            "8-bit layers round their input by what else is in the pass, so a score depends "
+            "slightly on later tokens and other rows; all target tokens are scored in one pass",
+            stacklevel=3,
+        )
+        return True
     if probe.is_causal():
         return True
     if product and not forcing.target.is_additive:
@@ -82,6 +106,66 @@ def check_causal(forcing: TeacherForcing, probe: Pass, product: bool = True) -> 
         stacklevel=3,
     )
     return False
+
+
+def check_gradients(forcing: TeacherForcing) -> None:
+    """Refuse quantised layers whose backward is missing or wrong, before any work.
+
+    A linear layer f with bias b has ‖f(x) − b‖² = ⟨fᵀ(f(x) − b), x⟩, where fᵀ is its backward.
+    Then one backward from the score must reach the embeddings and every block.
+    """
+    layers = quantized_layers(forcing.model)
+    if not layers:
+        return
+    for name, x in _last_inputs(forcing, layers).items():
+        _check_backward(name, layers[name], x)
+    blocks = [Site(f"block {i}", b) for i, b in enumerate(decoder_blocks(forcing.model))]
+    ids = forcing.fed(forcing.ids, forcing.whole)
+    with embedding_leaves(forcing.model, ids) as leaves, reading(blocks) as read:
+        scored = forcing.run(ids, forcing.whole)
+    wrt = [*leaves, *read.values()]
+    gradients = next(scored.gradients(wrt, per_token=False))[1]
+    names = [*("the embeddings" for _ in leaves), *(site.name for site in read)]
+    cut = [name for name, g in zip(names, gradients, strict=True) if not g.any()]
+    if cut:
+        raise ValueError(f"no gradient reaches {', '.join(cut[:3])}: {_ADVICE}")
+
+
+_ADVICE = (
+    "these quantised layers cannot be differentiated; use an unquantised model, load_model(…, "
+    'quantization="nf4"), or a perturbation method (LLMAttribution)'
+)
+
+
+@torch.no_grad()
+def _last_inputs(forcing: TeacherForcing, layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """What each layer is fed at the last position."""
+    inputs: dict[str, Tensor] = {}
+
+    def recorder(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda module, args: inputs.update({name: args[0][:1, -1:].detach().clone()})
+
+    with ExitStack() as stack:
+        for name, module in layers.items():
+            stack.callback(module.register_forward_pre_hook(recorder(name)).remove)
+        forcing.run(forcing.fed(forcing.ids, forcing.whole), forcing.whole)
+    return inputs
+
+
+def _check_backward(name: str, layer: nn.Module, x: Tensor) -> None:
+    leaf = x.requires_grad_()
+    output = layer(leaf)
+    if not output.requires_grad:
+        raise ValueError(f"{name} ({type(layer).__name__}) has no backward: {_ADVICE}")
+    bias = getattr(layer, "bias", None)
+    linear = (output if bias is None else output - bias).detach()
+    (back,) = torch.autograd.grad(output, leaf, linear, allow_unused=True, materialize_grads=True)
+    truth, found = linear.float().square().sum(), (back.float() * x.detach().float()).sum()
+    if (truth - found).abs() > 0.1 * truth:
+        raise ValueError(
+            f"{name} ({type(layer).__name__}) has a wrong backward (⟨fᵀy, x⟩ is {found:.3g}, "
+            f"expected {truth:.3g}): {_ADVICE}"
+        )
 
 
 def check_counts(**counts: int | None) -> None:

@@ -125,6 +125,7 @@ def _add_point(
     wrt = [read[site] for site in sites]
     for output, gradients in scored.gradients(wrt, plan.per_token, **plan.grad_kwargs):
         for site, gradient in zip(sites, gradients, strict=True):
-            part = gradient * read[site].detach() if rule.multiply else gradient
+            part = gradient.float()
+            part = part * read[site].detach().float() if rule.multiply else part
             totals[site].add(output, part[0])
     plan.advance(1)

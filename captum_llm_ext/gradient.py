@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from captum_llm_ext.assemble import (
+    check_totals,
     layer_columns,
     layered_result,
     single_result,
@@ -24,9 +25,11 @@ from captum_llm_ext.checks import (
     check_causal,
     check_context,
     check_counts,
+    check_gradients,
     check_ids,
     probed,
     warn_of_dropout,
+    warn_of_low_precision,
 )
 from captum_llm_ext.compat import (
     CaptumLLMGradientAttribution,
@@ -40,10 +43,12 @@ from captum_llm_ext.forward_mode import is_cheaper
 from captum_llm_ext.hooks import evaluating, frozen_parameters, without_checkpointing
 from captum_llm_ext.inputs import Features, baseline_tokens, read_features
 from captum_llm_ext.layers import Site, resolve_sites
+from captum_llm_ext.memory import free_bytes
 from captum_llm_ext.methods import RULES, PathRule, Rule, read_rule
 from captum_llm_ext.model_parts import input_device
-from captum_llm_ext.model_pass import TeacherForcing, tokens_per_pass
+from captum_llm_ext.model_pass import Pass, TeacherForcing, tokens_per_pass
 from captum_llm_ext.prefix_cache import FEWEST_REUSED, PrefixCache, can_be_cut, keeps_cache
+from captum_llm_ext.quantized import dequantized_products, quietly
 from captum_llm_ext.result import LLMAttributionResult
 from captum_llm_ext.targets import (
     GRADIENT_TARGETS,
@@ -55,6 +60,7 @@ from captum_llm_ext.targets import (
 )
 from captum_llm_ext.totals import LayerTotal, Plan
 
+SHARE_OF_MEMORY = 0.5  # of what is free, for what autograd keeps of one pass
 LAYER_MODES = ("independent", "joint")
 
 
@@ -116,6 +122,7 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
         num_trials: int = 1,
         show_progress: bool = False,
         internal_batch_size: int | None = None,
+        dtype: torch.dtype | None = None,
         reuse_prefix: bool = True,
         forward_mode: bool | None = None,
         return_convergence_delta: bool = False,
@@ -153,7 +160,10 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
                 and after the target's own tokens; as many tokens as the target, or one.
             num_trials: average over so many runs of a method or baseline that draws at random.
             show_progress: show a progress bar.
-            internal_batch_size: rows (path points) per pass. Default: chosen for the device.
+            internal_batch_size: rows (path points) per pass. Default: chosen for the device and
+                its free memory. Halved where memory runs out.
+            dtype: torch.bfloat16 or torch.float16 runs the passes under ``torch.autocast``: faster,
+                less exact. Default: the model's own. Scores and sums are float32 in any case.
             reuse_prefix: run what precedes all features once, and take it from the key/value cache
                 in every other pass.
             forward_mode: True takes one directional derivative per feature instead of one backward
@@ -180,24 +190,29 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
             TypeError: an option that the method does not have.
 
         Warns:
-            when integrated gradients miss the score difference by more than 10 %, when dropout is
-            active, and when the model is not causal.
+            when integrated gradients miss the score difference by more than 10 %, or start at the
+            embeddings in 16 bits or fewer; when dropout is active, when the model is not causal,
+            and when it has 8-bit layers, which are not quite so.
         """
+        if isinstance(baselines, list) and not baselines:
+            raise ValueError("baselines must hold at least one baseline, got an empty list")
+        _check_choices(layer_mode, num_trials, internal_batch_size, grad_kwargs, dtype)
         with _differentiable(self.model):
-            if isinstance(baselines, list) and not baselines:
-                raise ValueError("baselines must hold at least one baseline, got an empty list")
-            _check_choices(layer_mode, num_trials, internal_batch_size, grad_kwargs)
             rule = read_rule(self.attr_method, method_options)
             warn_of_dropout(self.model)
             device = input_device(self.model, self.device)
             features = read_features(inp, self.tokenizer, device)
             forcing = self._teacher_forcing(inp, features, target, gen_args, contrast_target)
+            forcing = replace(forcing, dtype=dtype)
             check_ids(forcing)
             check_context(forcing)
             tokens = output_tokens(forcing.target.ids, self.tokenizer)
+        # The target is generated above by the model as it is, and differentiated here.
+        with _differentiable(self.model), dequantized_products(self.model):
+            check_gradients(forcing)
             if include_generated:
                 features = features.with_generated(tokens)
-            forcing, causal = self._probed(forcing, features, reuse_prefix)
+            forcing, probe, causal = self._probed(forcing, features, reuse_prefix)
             joint = layer_mode == "joint" and len(self._sites) > 1
             possible = include_per_token_attr and not (include_hidden_attr or joint)
             cheap = is_cheaper(features.n_columns, len(forcing.target))
@@ -212,6 +227,8 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
                 grad_kwargs=grad_kwargs or {},
             )
             sites = [replace(site, at_input=attribute_to_layer_input) for site in self._sites]
+            if isinstance(rule, PathRule):
+                warn_of_low_precision(forcing, probe, sites)
             trials = num_trials if isinstance(rule, PathRule) and _draws(rule, inp) else 1
             several = baselines if isinstance(baselines, list) else [baselines]
             starts = [
@@ -240,18 +257,18 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
 
     def _probed(
         self, forcing: TeacherForcing, features: Features, reuse_prefix: bool
-    ) -> tuple[TeacherForcing, bool]:
-        """Whether the model is causal, and the pass with what precedes all features cached."""
+    ) -> tuple[TeacherForcing, Pass, bool]:
+        """The pass with what precedes all features cached, its probe, and whether it is causal."""
         cut = features.first if reuse_prefix and keeps_cache(self.model) else 0
         probe = probed(forcing, use_cache=cut >= FEWEST_REUSED)
         causal = check_causal(forcing, probe)
         if not causal or not can_be_cut(probe.cache):
-            return forcing, causal
+            return forcing, probe, causal
         cache = PrefixCache(self.model, forcing.prompt_ids[0], probe.cache, forcing.ids.size(1))
         shorter = replace(forcing, prefix=cache, cut=cut)
         with torch.no_grad(), evaluating(self.model):
             found = shorter.run(shorter.fed(shorter.ids, shorter.whole), shorter.whole)
-        return (shorter if found.agrees_with(probe) else forcing), True
+        return (shorter if found.agrees_with(probe) else forcing), probe, True
 
     def _path_start(
         self,
@@ -284,6 +301,7 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
             site: layer_columns(total, features, plan.per_token, plan.keep_hidden)
             for site, total in totals.items()
         }
+        check_totals(totals)
         warn_of_zeros(totals)
         warn_unless_converged(list(by_site.values()), plan.joint, tokens)
         if self._several:
@@ -346,6 +364,7 @@ def _differentiable(model: torch.nn.Module) -> Iterator[None]:
         torch.enable_grad(),
         frozen_parameters(model),
         without_checkpointing(model),
+        quietly(),
     ):
         yield
 
@@ -355,7 +374,10 @@ def _check_choices(
     num_trials: int,
     internal_batch_size: int | None,
     grad_kwargs: Mapping[str, Any] | None,
+    dtype: torch.dtype | None,
 ) -> None:
+    if dtype not in (None, torch.bfloat16, torch.float16):
+        raise ValueError(f"dtype must be torch.bfloat16, torch.float16 or None, got {dtype!r}")
     reserved = {"retain_graph", "grad_outputs", "outputs", "inputs"} & set(grad_kwargs or {})
     if reserved:
         raise ValueError(f"grad_kwargs cannot set {', '.join(sorted(reserved))}")
@@ -365,9 +387,13 @@ def _check_choices(
 
 
 def _rows(forcing: TeacherForcing, rule: Rule) -> int:
-    """Path points per pass, for as many tokens as the device works on well at once."""
+    """Path points per pass: for as many tokens as the device works on well, in free memory."""
     if not isinstance(rule, PathRule):
         return 1
     fed = forcing.ids.size(1) - forcing.cut
-    fitting = max(1, tokens_per_pass(forcing.ids.device) // fed)
-    return min(len(rule.points), fitting) if rule.points else fitting
+    useful = max(1, tokens_per_pass(forcing.ids.device) // fed)
+    useful = min(len(rule.points), useful) if rule.points else useful
+    free = free_bytes(forcing.ids.device) if useful > 1 else None
+    if free is None:
+        return useful
+    return max(1, min(useful, int(SHARE_OF_MEMORY * free) // max(1, forcing.saved_bytes())))

@@ -21,14 +21,20 @@ Change = Callable[[Tensor], Tensor]
 @contextmanager
 def frozen_parameters(model: nn.Module) -> Iterator[None]:
     """No gradients for weights: they cost time and memory, and attribution does not use them."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    # By name, since offloading puts another object in a parameter's place as a layer runs.
+    trainable = [
+        (module, name)
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.requires_grad
+    ]
     try:
-        for parameter in trainable:
-            parameter.requires_grad_(False)
+        for module, name in trainable:
+            getattr(module, name).requires_grad_(False)
         yield
     finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
+        for module, name in trainable:
+            getattr(module, name).requires_grad_(True)
 
 
 @contextmanager

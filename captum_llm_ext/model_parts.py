@@ -28,10 +28,25 @@ def known_token_embedding(model: nn.Module) -> nn.Module | None:
 
 
 def input_device(model: nn.Module, default: torch.device | str) -> torch.device:
-    """Where the ids go: with the embeddings, also when a model is spread over devices."""
-    weight = getattr(known_token_embedding(model), "weight", None)
-    known = isinstance(weight, Tensor) and weight.device.type != "meta"
-    return weight.device if known else torch.device(default)  # type: ignore[union-attr]
+    """Where the ids go: with the embeddings, also when a model is spread over devices.
+
+    An offloaded model keeps its weights on no device; accelerate's hook knows where it runs.
+    """
+    embedding = known_token_embedding(model)
+    weight = getattr(embedding, "weight", None)
+    if isinstance(weight, Tensor) and weight.device.type != "meta":
+        return weight.device
+    hooks = (getattr(module, "_hf_hook", None) for module in (embedding, model))
+    known = [getattr(hook, "execution_device", None) for hook in hooks]
+    return torch.device(next((device for device in known if device is not None), default))
+
+
+@torch.no_grad()
+def embedded(ids: Tensor, model: nn.Module) -> Tensor:
+    """The embeddings (…, hidden) of token ids, as the model embeds them, in float32."""
+    device = input_device(model, ids.device)
+    values: Tensor = token_embedding(model)(ids.to(device))
+    return values.float()
 
 
 def output_head(model: nn.Module) -> nn.Module | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
@@ -11,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from captum_llm_ext.hooks import HeadInput, split_at_head
+from captum_llm_ext.hooks import HeadInput, embedding_leaves, split_at_head
 from captum_llm_ext.layers import Site
+from captum_llm_ext.memory import counting_saved_bytes
 from captum_llm_ext.model_parts import output_head
 from captum_llm_ext.prefix_cache import PrefixCache, accepts
+from captum_llm_ext.quantized import computes_in
 from captum_llm_ext.targets import Target
 
 # What a pass costs besides its tokens, in tokens: every pass reads all the weights once.
@@ -37,13 +40,17 @@ class TargetSpan:
 
 @dataclass(frozen=True)
 class TeacherForcing:
-    """A model, the ids of a prompt (1, n_prompt) and a target: all that fixes the scores."""
+    """A model, the ids of a prompt (1, n_prompt) and a target: all that fixes the scores.
+
+    cut: so many first tokens come from the prefix's cache; dtype: that the passes are cast to.
+    """
 
     model: nn.Module
     prompt_ids: Tensor
     target: Target
     prefix: PrefixCache | None = None
-    cut: int = 0  # so many first tokens come from the prefix's cache
+    cut: int = 0
+    dtype: torch.dtype | None = None
 
     @property
     def n_prompt(self) -> int:
@@ -53,6 +60,11 @@ class TeacherForcing:
     def ids(self) -> Tensor:
         """Prompt and target but for its last token, (1, n_prompt + n_output - 1)."""
         return torch.cat([self.prompt_ids, self.target.ids[None, :-1]], dim=1)
+
+    @cached_property
+    def precision(self) -> torch.dtype | None:
+        """The dtype that products are computed in, where it is not the model's own."""
+        return self.dtype or computes_in(self.model)
 
     def length(self, span: TargetSpan) -> int:
         return self.n_prompt + span.stop - 1
@@ -74,10 +86,28 @@ class TeacherForcing:
         options = {name: value for name, value in wanted.items() if accepts(self.model, name)}
         if self.prefix is not None and self.cut:
             options |= {"use_cache": True, "past_key_values": self.prefix.at(self.cut, len(ids))}
-        with split_at_head(self.model, keep_graph=_reach_head(self.model, sites)) as head:
+        keep_graph = _reach_head(self.model, sites)
+        with self._cast(), split_at_head(self.model, keep_graph) as head:
             output = self.model(ids, **options)
         cache = getattr(output, "past_key_values", None) if use_cache else None
-        return Pass(self.target, span, read_logits(output)[:, -len(span) :], head, cache)
+        logits = read_logits(output)[:, -len(span) :]
+        precision = lower(logits.dtype, self.precision)
+        return Pass(self.target, span, logits, head, cache, precision)
+
+    def _cast(self) -> Any:
+        if self.dtype is None:
+            return nullcontext()
+        return torch.autocast(self.prompt_ids.device.type, self.dtype)
+
+    def saved_bytes(self) -> int:
+        """The bytes that autograd keeps of one row's pass."""
+        ids = self.fed(self.ids, self.whole)
+        with (
+            counting_saved_bytes(self.model.parameters()) as count,
+            embedding_leaves(self.model, ids),
+        ):
+            self.run(ids, self.whole)
+            return count()
 
     @property
     def whole(self) -> TargetSpan:
@@ -129,6 +159,12 @@ class Pass:
     logits: Tensor
     head: HeadInput = field(default_factory=HeadInput)
     cache: Any = None
+    precision: torch.dtype = torch.float32
+
+    @property
+    def tolerance(self) -> float:
+        """Relative difference of scores that the precision alone explains."""
+        return {torch.float64: 1e-9, torch.float32: 1e-4}.get(self.precision, 5e-2)
 
     def token_scores(self) -> Tensor:
         """Scores (rows, len(span)) of the span's tokens."""
@@ -143,7 +179,7 @@ class Pass:
         found, truth = (
             replace(p, target=p.target.as_log_prob()).token_scores()[0] for p in (self, other)
         )
-        allowed = tolerance(self.logits.dtype) * truth.abs().max().clamp(min=1)
+        allowed = self.tolerance * truth.abs().max().clamp(min=1)
         return bool((found - truth).abs().max() <= allowed)
 
     def is_causal(self) -> bool:
@@ -152,7 +188,7 @@ class Pass:
         if len(scores) == 1:
             return True
         difference = (scores[0] - scores[1])[:-1].abs().max()
-        return bool(difference <= tolerance(self.logits.dtype) * scores.abs().max().clamp(min=1))
+        return bool(difference <= self.tolerance * scores.abs().max().clamp(min=1))
 
     def gradients(
         self, wrt: Sequence[Tensor], per_token: bool, **options: Any
@@ -209,9 +245,9 @@ def _with_last_id_changed(ids: Tensor) -> Tensor:
     return changed
 
 
-def tolerance(dtype: torch.dtype) -> float:
-    """Relative difference of scores that the dtype alone explains."""
-    return {torch.float64: 1e-9, torch.float32: 1e-4}.get(dtype, 5e-2)
+def lower(dtype: torch.dtype, other: torch.dtype | None) -> torch.dtype:
+    """The less precise of two dtypes."""
+    return dtype if other is None else max(dtype, other, key=lambda d: torch.finfo(d).eps)
 
 
 def read_logits(output: Any) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from captum_llm_ext.forward_mode import derivatives, is_cheaper, position_groups
 from captum_llm_ext.hooks import LayerState, reading, replaying, writing
 from captum_llm_ext.layers import Site
+from captum_llm_ext.memory import Halving
 from captum_llm_ext.methods import PathRule
 from captum_llm_ext.model_pass import Pass, TargetSpan, TeacherForcing
 from captum_llm_ext.totals import LayerTotal, Plan
@@ -44,6 +45,7 @@ class PathWalk:
     chain: Sequence[Site]
 
     def __post_init__(self) -> None:
+        self.halving = Halving(self.plan.rows)
         self.replayed, self.at_ends = self._scored_ends()
         # Each layer draws its noise as if it were alone.
         self.noise = {s: torch.Generator().manual_seed(self.rule.seed) for s in self.chain}
@@ -68,9 +70,30 @@ class PathWalk:
             values[site], difference = self._values(site, alphas)
             share = _over_rows(shares, difference)
             factors[site] = share * difference if self.rule.multiply else share
-        if not self._add_forward(values, factors, totals):
-            self._add_backward(values, factors, totals)
+        several = len(totals) > 1
+        per_unit = len(alphas) // len(totals) if several else 1
+
+        def add(units: slice) -> None:
+            own = totals[units] if several else totals
+            rows = slice(units.start * per_unit, units.stop * per_unit)
+            self._add_whole(_part(values, rows), _part(factors, rows), own)
+
+        self.halving(add, len(totals) if several else len(alphas))
         self.plan.advance(len(alphas))
+
+    def _add_whole(
+        self,
+        values: Mapping[Site, Tensor],
+        factors: Mapping[Site, Tensor],
+        totals: Sequence[Mapping[Site, LayerTotal]],
+    ) -> None:
+        """Add all of the rows' attributions or, where memory runs out on the way, none."""
+        fresh = [{site: total[site].empty() for site in self.chain} for total in totals]
+        if not self._add_forward(values, factors, fresh):
+            self._add_backward(values, factors, fresh)
+        for total, new in zip(totals, fresh, strict=True):
+            for site in self.chain:
+                total[site].add_total(new[site])
 
     def _add_backward(
         self,
@@ -148,11 +171,13 @@ class PathWalk:
     @torch.no_grad()
     def scores(self, alphas: Tensor) -> Tensor:
         """Scores (rows, n) at the points: of the span's tokens, or of the sequence alone."""
-        found = []
-        for chunk in alphas.split(self.plan.rows):
-            with writing({site: self._values(site, chunk)[0] for site in self.chain}):
-                found.append(self.asked_scores(self._run(len(chunk), self.replayed)))
-        return torch.cat(found)
+        values = {site: self._values(site, alphas)[0] for site in self.chain}
+
+        def score(rows: slice) -> Tensor:
+            with writing(_part(values, rows)):
+                return self.asked_scores(self._run(rows.stop - rows.start, self.replayed))
+
+        return torch.cat(self.halving(score, len(alphas)))
 
     def asked_scores(self, scored: Pass) -> Tensor:
         return scored.token_scores() if self.plan.per_token else scored.sequence_score()[:, None]
@@ -191,7 +216,7 @@ class PathWalk:
 
     def _is_models_own(self, scored: Pass) -> bool:
         scores = scored.token_scores()[1]
-        tolerance = 1e-3 if scored.logits.dtype in (torch.float32, torch.float64) else 5e-2
+        tolerance = 1e-3 if scored.precision in (torch.float32, torch.float64) else 5e-2
         allowed = tolerance * self.blocks.scores.abs().clamp(min=1)
         return bool(((scores - self.blocks.scores).abs() <= allowed).all())
 
@@ -202,6 +227,10 @@ class PathWalk:
         difference = self.at_ends[1] - self.at_ends[0]
         if total.score_difference is not None:
             total.score_difference[place] += difference.to(total.tokens.device)
+
+
+def _part(values: Mapping[Site, Tensor], rows: slice) -> dict[Site, Tensor]:
+    return {site: value[rows] for site, value in values.items()}
 
 
 def _over_rows(values: Tensor, like: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
+from captum_llm_ext.memory import Halving
 from captum_llm_ext.model_parts import output_head
 from captum_llm_ext.model_pass import (
     PASS_OVERHEAD,
@@ -22,9 +23,9 @@ from captum_llm_ext.model_pass import (
     TeacherForcing,
     read_logits,
     tokens_per_pass,
-    tolerance,
 )
 from captum_llm_ext.prefix_cache import FEWEST_REUSED, PrefixCache, accepts, can_be_cut
+from captum_llm_ext.quantized import quantizes_activations
 from captum_llm_ext.targets import Target
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ class PromptScorer:
     causal: bool = True
     rows: int | None = None
     advance: Callable[[int], Any] = lambda prompts: None
-    _fitting: int | None = field(default=None, init=False)
+    _halving: Halving = field(default_factory=Halving, init=False)
 
     @property
     def model(self) -> nn.Module:
@@ -77,7 +78,7 @@ class PromptScorer:
         return torch.stack([self._alone(prompt) for prompt in prompts])
 
     def _ways(self) -> Iterator[Callable[[Sequence[Tensor]], Tensor]]:
-        if not (self.causal and self._takes_rows()):
+        if not (self.causal and self._takes_rows()) or quantizes_activations(self.model):
             return
         if can_be_cut(self.probe.cache):
             length = self.forcing.ids.size(1)
@@ -98,7 +99,7 @@ class PromptScorer:
 
     def _agrees(self, found: Tensor) -> bool:
         truth = read_scores(self.probe)[0, 1]
-        allowed = tolerance(self.probe.logits.dtype) * truth.abs().max().clamp(min=1)
+        allowed = self.probe.tolerance * truth.abs().max().clamp(min=1)
         return bool((found - truth).abs().max() <= allowed)
 
     def _alone(self, prompt: Tensor) -> Tensor:
@@ -120,27 +121,17 @@ class PromptScorer:
         for batch in batches(lengths, shared, len(self.target), limit, self.rows):
             cut = min(shared[i] for i in batch)
             cut = cut if cut >= FEWEST_REUSED else 0
-            found = self._halving([prompts[i] for i in batch], cut, cache)
+            score = partial(self._batch, [prompts[i] for i in batch], cut, cache)
+            found = torch.cat(self._halving(score, len(batch)))
             scores.update(zip(batch, found, strict=True))
             self.advance(len(batch))
         return torch.stack([scores[i] for i in range(len(prompts))])
 
-    def _halving(self, prompts: list[Tensor], cut: int, cache: PrefixCache | None) -> Tensor:
-        """The batch's scores; by halves when it does not fit into memory, and from then on."""
-        half = min(self._fitting or len(prompts), (len(prompts) + 1) // 2)
-        if self._fitting is None or len(prompts) <= self._fitting:
-            try:
-                return self._batch(prompts, cut, cache)
-            except RuntimeError as error:
-                if len(prompts) == 1 or not _is_out_of_memory(error):
-                    raise
-            self._fitting = half = (len(prompts) + 1) // 2
-            logger.info("out of memory with %d prompts in a pass: halving them", len(prompts))
-        parts = [prompts[i : i + half] for i in range(0, len(prompts), half)]
-        return torch.cat([self._halving(part, cut, cache) for part in parts])
-
-    def _batch(self, prompts: list[Tensor], cut: int, cache: PrefixCache | None) -> Tensor:
+    def _batch(
+        self, batch: list[Tensor], cut: int, cache: PrefixCache | None, part: slice
+    ) -> Tensor:
         """(rows, 2, 1 + n_output), the prompts padded on the right, where no token looks."""
+        prompts = batch[part]
         continued = self.target.ids[:-1]
         ids = pad_sequence([torch.cat([p[cut:], continued]) for p in prompts], batch_first=True)
         last = torch.tensor([len(p) - cut - 1 for p in prompts], device=ids.device)
@@ -231,7 +222,3 @@ def _shared(prompt: Tensor, reference: Tensor) -> int:
     length = min(len(prompt) - 1, len(reference))
     same = prompt[:length] == reference[:length]
     return int(same.long().cumprod(0).sum())
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
