@@ -88,8 +88,9 @@ def check_causal(forcing: TeacherForcing, probe: Pass, product: bool = True) -> 
     check_finite(probe)
     if quantizes_activations(forcing.model):
         warnings.warn(
-            "8-bit layers round their input by what else is in the pass, so a score depends "
-            "slightly on later tokens and other rows; all target tokens are scored in one pass",
+            "8-bit layers round their input by what else is in the pass, so the model's own scores "
+            "depend slightly on later tokens and other rows: all target tokens are scored in one "
+            "pass, and gradients are taken with the dequantised weights",
             stacklevel=3,
         )
         return True

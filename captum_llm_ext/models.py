@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -37,6 +38,7 @@ CONFIG_FILES = ("config.json", "adapter_config.json")
 
 def load_model(
     name_or_path: str | os.PathLike[str],
+    quantization: str | None = None,
     *,
     dtype: torch.dtype | str | None = None,
     device_map: str | dict[str, Any] | None = None,
@@ -48,7 +50,11 @@ def load_model(
 
     Args:
         name_or_path: a folder written by ``save_pretrained``, or a model name on the hub.
+        quantization: "nf4" (4 bits, with double quantisation) or "int8" loads the linear layers
+            quantised by bitsandbytes, on a GPU or a CPU. Default: None.
         dtype: of the weights, for example ``torch.bfloat16`` or ``"float32"``. Default: as stored.
+            4-bit layers multiply in it too; by default in bfloat16, which is too coarse for
+            integrated gradients from the embeddings.
         device_map: where the weights go, as in transformers (``"auto"``, ``"cuda"``, a dict);
             needs accelerate. Default: the CPU.
 
@@ -56,16 +62,20 @@ def load_model(
         (model, tokenizer).
 
     Raises:
-        ValueError: nothing loadable is there, or ``dtype`` is unknown.
+        ValueError: nothing loadable is there, or ``dtype`` or ``quantization`` is unknown.
         ImportError: a package that the request needs is not installed.
 
     Example:
         >>> model, tokenizer = load_model("path/to/model")  # doctest: +SKIP
         >>> model.training  # doctest: +SKIP
         False
+
+    Source of nf4: Dettmers et al., "QLoRA" (2023), arXiv:2305.14314; of int8: Dettmers et al.,
+    "LLM.int8()" (2022), arXiv:2208.07339.
     """
     name = _checked_name(name_or_path)
     options: dict[str, Any] = {"dtype": _checked_dtype(dtype)}
+    options |= _quantization_options(quantization, options["dtype"])
     if device_map is not None:
         _require("accelerate", extra="quantized", purpose="device_map")
         options["device_map"] = device_map
@@ -133,6 +143,33 @@ def _checked_dtype(dtype: torch.dtype | str | None) -> torch.dtype | str:
             f'("float32", "bfloat16", "float16"), got {dtype!r}'
         )
     return found
+
+
+def _quantization_options(quantization: str | None, dtype: torch.dtype | str) -> dict[str, Any]:
+    if quantization is None:
+        return {}
+    if quantization not in QUANTIZATIONS:
+        known = ", ".join(map(repr, QUANTIZATIONS))
+        raise ValueError(f"expected quantization to be None, {known}; got {quantization!r}")
+    for module in ("accelerate", "bitsandbytes"):
+        _require(module, extra="quantized", purpose=f"quantization={quantization!r}")
+    compute = dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
+    return {"quantization_config": QUANTIZATIONS[quantization](compute)}
+
+
+def _nf4(compute: torch.dtype) -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
+    )
+
+
+QUANTIZATIONS: dict[str, Callable[[torch.dtype], BitsAndBytesConfig]] = {
+    "nf4": _nf4,
+    "int8": lambda compute: BitsAndBytesConfig(load_in_8bit=True),
+}
 
 
 def _not_loadable(name: str, error: Exception) -> str:

@@ -35,6 +35,7 @@ from captum_llm_ext.model_parts import input_device
 from captum_llm_ext.model_pass import TeacherForcing
 from captum_llm_ext.prefix_cache import keeps_cache
 from captum_llm_ext.prompts import PromptScorer
+from captum_llm_ext.quantized import quietly
 from captum_llm_ext.result import LLMAttributionResult
 from captum_llm_ext.targets import (
     PERTURBATION_TARGETS,
@@ -174,7 +175,7 @@ class LLMAttribution(CaptumLLMAttribution):
                 forward_in_tokens=by_token,
                 **kwargs,
             )
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), quietly():
             warn_of_dropout(self.model)
             if isinstance(inp, CaptumTextTemplateInput):
                 check_template(inp)

@@ -19,6 +19,7 @@ from torch.nn.functional import linear
 
 from captum_llm_ext.memory import free_bytes
 
+_NOT_QUANTISED = "{} is not quantised yet: move the model to a device first"
 SHARE_OF_MEMORY = 0.25  # of what is free, for weights that are kept dequantised during a call
 
 
@@ -38,23 +39,21 @@ def quantizes_activations(model: nn.Module) -> bool:
 
 
 def computes_in(model: nn.Module) -> torch.dtype | None:
-    """The lowest precision in which quantised layers multiply, or None without such layers."""
-    if quantizes_activations(model):
-        return torch.float16
+    """The 16-bit dtype in which 4-bit layers multiply, or None where they do not."""
     found = {m.compute_dtype for m in model.modules() if isinstance(m, _kind("Linear4bit"))}
-    low = [dtype for dtype in found if dtype in (torch.float16, torch.bfloat16)]
-    return low[0] if low else torch.float32 if found else None
+    return next((dtype for dtype in found if dtype in (torch.float16, torch.bfloat16)), None)
 
 
 @contextmanager
 def dequantized_products(model: nn.Module) -> Iterator[None]:
-    """Let 4-bit layers multiply by their dequantised weights, forwards and backwards.
+    """Let the layers of bitsandbytes multiply by their dequantised weights, also backwards.
 
-    On processors with AVX512-BF16, bitsandbytes packs the weights of a layer in the first pass
-    without gradients for a product that has no backward. The packed weights are left as they are;
-    passes with and without gradients compute the same function here, on every device.
+    So that scores and gradients come from the same function, on every device. Of themselves 8-bit
+    layers round their input by all that is in the pass, and take the gradient as if they did not;
+    on processors with AVX512-BF16 the first pass without gradients packs the weights of 4-bit
+    layers for a product that has no backward. The weights are left as they are, packed or not.
     """
-    layers = [m for m in model.modules() if isinstance(m, _kind("Linear4bit"))]
+    layers = [m for m in model.modules() if _differentiated_here(m)]
     weights = _Weights()
     unset = object()
     # accelerate puts its own `forward` over the one found first, which it then calls.
@@ -107,11 +106,10 @@ class _Weights:
 
 
 def _multiply(module: Any, weights: _Weights, x: Tensor) -> Tensor:
-    """What `Linear4bit.forward` computes, without packing the weights or setting the dtype."""
-    dtype = module.compute_dtype
-    if not module.compute_type_is_set and x.dtype in (torch.float32, torch.bfloat16):
+    """x Wᵀ + b in the layer's dtype, of which `Linear4bit.forward` would take note."""
+    dtype = getattr(module, "compute_dtype", None) or x.dtype
+    if not getattr(module, "compute_type_is_set", True) and x.dtype != torch.float16:
         dtype = x.dtype
-    dtype = dtype or x.dtype
     bias = None if module.bias is None else module.bias.to(dtype)
     return _Product.apply(x.to(dtype), bias, partial(weights.of, module, dtype)).to(x.dtype)
 
@@ -135,14 +133,29 @@ class _Product(torch.autograd.Function):
 
 @torch.no_grad()
 def _dequantized(module: Any) -> Tensor:
-    """The weight (out, in) of a 4-bit layer, packed for the processor's product or not."""
+    """The weight (out, in) of a quantised layer."""
+    is_8bit = isinstance(module, _kind("Linear8bitLt"))
+    return _of_8bit(module) if is_8bit else _of_4bit(module)
+
+
+def _of_8bit(module: Any) -> Tensor:
+    """Whole numbers in ±127 times the scale of their row."""
+    places = (module.state, module.weight)  # they move to the state in the first pass
+    held = next((p for p in places if getattr(p, "SCB", None) is not None), None)
+    if held is None:
+        raise ValueError(_NOT_QUANTISED.format(type(module).__name__))
+    whole = held.CB if held.CB is not None else module.weight.data
+    weight: Tensor = whole.float() * (held.SCB.float() / 127).unsqueeze(1)
+    return weight
+
+
+def _of_4bit(module: Any) -> Tensor:
+    """Looked up and scaled by bitsandbytes, also where they were packed for the processor."""
     from bitsandbytes import functional
 
     state = getattr(module.weight, "quant_state", None) or module.quant_state
     if state is None:
-        raise ValueError(
-            f"{type(module).__name__} is not quantised yet: move the model to a device"
-        )
+        raise ValueError(_NOT_QUANTISED.format(type(module).__name__))
     data = module.weight.data
     if getattr(state, "packing_format_for_cpu", False):
         data, state = _unpacked(data, state)
@@ -168,3 +181,9 @@ def _is_plain(weight: Any) -> bool:
 def _kind(name: str) -> Any:
     """A class of bitsandbytes, or nothing that a module could be where it was never imported."""
     return getattr(sys.modules.get("bitsandbytes.nn"), name, ())
+
+
+def _differentiated_here(module: Any) -> bool:
+    if isinstance(module, _kind("Linear8bitLt")):
+        return not module.state.has_fp16_weights  # else it multiplies by float weights itself
+    return isinstance(module, _kind("Linear4bit"))
