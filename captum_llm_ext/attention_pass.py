@@ -42,7 +42,8 @@ class Wanted:
 def read_attention(forcing: TeacherForcing, wanted: Wanted) -> tuple[list[LayerAttention], Tensor]:
     """The attention of each chosen layer, and log p (n_output,) of the target's tokens.
 
-    The model goes on whatever happens in the layers, so none is kept but what is wanted of them.
+    The weights of all layers together may not fit in memory, so each layer's are cut to what is
+    wanted while the model runs.
     """
     model, length = forcing.model, forcing.ids.size(1)
     names = {module: name for name, module in model.named_modules()}

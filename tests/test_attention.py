@@ -169,6 +169,11 @@ def test_heads(heads: Any, reduction: str) -> None:
     assert every.heads == [0, 1, 2, 3]
     assert torch.equal(chosen.attention, every.attention[:, listed])
     assert torch.equal(chosen.prompt_attention, every.prompt_attention[:, listed])
+    if reduction != "rollout":  # whose heads are averaged in each layer, before layers multiply
+        alone = [read(model, heads=h, reduction=reduction).layer_token_attr for h in listed]
+        stacked = torch.stack(alone)
+        together = stacked.amax(0) if reduction == "max" else stacked.mean(0)
+        assert near(chosen.layer_token_attr, together)
 
 
 def test_layers_that_have_no_attention_are_left_out() -> None:

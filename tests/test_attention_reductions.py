@@ -41,18 +41,20 @@ def test_rollout_of_rows_that_sinks_leave_short() -> None:
     torch.testing.assert_close(found, torch.tensor([[1.0, 0.0], [1 / 6, 5 / 6]]))
 
 
+@pytest.mark.parametrize("heads", [[0, 1, 2, 3], [3, 1]])
 @pytest.mark.parametrize("layers", [None, [0, 1], [2]])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_rollout_of_a_model(family: str, layers: Any) -> None:
+def test_rollout_of_a_model(family: str, layers: Any, heads: list[int]) -> None:
     model = tiny_model(family)
-    weights = eager_weights(model, fed()).double().numpy().mean(1)
+    weights = eager_weights(model, fed()).double().numpy()[:, heads].mean(1)
     rolled = np.eye(len(fed()))
     expected = []
     for place in range(4) if layers is None else layers:
         step = 0.5 * weights[place] + 0.5 * np.eye(len(fed()))
         rolled = np.matmul(step / step.sum(-1, keepdims=True), rolled)
         expected.append(torch.tensor(rolled[-COUNT:]).float())
-    result = read(model, layers=layers, reduction="rollout", include_generated=True)
+    settings = {"layers": layers, "heads": heads, "reduction": "rollout"}
+    result = read(model, **settings, include_generated=True)
     assert near(result.layer_token_attr[..., :-1], torch.stack(expected))
     assert near(result.token_attr[..., :-1], expected[-1])
     assert near(result.seq_attr[:-1], expected[-1].mean(0))
