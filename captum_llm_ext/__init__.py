@@ -14,6 +14,7 @@ from captum.attr import (
     ShapleyValueSampling,
 )
 
+from captum_llm_ext.attention import LLMAttentionAttribution
 from captum_llm_ext.explain import explain
 from captum_llm_ext.gradient import LLMGradientAttribution
 from captum_llm_ext.inputs import TextTemplateInput, TextTokenInput, chat_input, segment_input
@@ -21,13 +22,19 @@ from captum_llm_ext.layers import find_layers
 from captum_llm_ext.methods import LayerSaliency
 from captum_llm_ext.models import load_demo_model, load_model
 from captum_llm_ext.perturbation import LLMAttribution
-from captum_llm_ext.result import LLMAttributionResult, LLMLayerAttributionResult
+from captum_llm_ext.result import (
+    LLMAttentionAttributionResult,
+    LLMAttributionResult,
+    LLMLayerAttributionResult,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
     "FeatureAblation",
     "KernelShap",
+    "LLMAttentionAttribution",
+    "LLMAttentionAttributionResult",
     "LLMAttribution",
     "LLMAttributionResult",
     "LLMGradientAttribution",

@@ -43,8 +43,7 @@ def layer_columns(
     column_of = features.column_at(total.cut + total.tokens.size(1))[total.cut :]
 
     def columns(values: Tensor) -> Tensor:
-        by_column = _by_column(values, column_of, features.n_columns, total.norm)
-        return by_column[..., features.column_of]
+        return by_feature(values, features, total.norm, total.cut)
 
     hidden = total.hidden if per_token else total.sequence[None]
     sums = total.tokens.sum(1) if per_token else total.sequence.sum()[None]
@@ -169,6 +168,12 @@ def _hidden_by_name(by_site: Mapping[Site, LayerColumns]) -> dict[str, Tensor] |
 def _stack(tensors: Sequence[Tensor | None]) -> Tensor | None:
     present = [tensor for tensor in tensors if tensor is not None]
     return torch.stack(present) if present and len(present) == len(tensors) else None
+
+
+def by_feature(values: Tensor, features: Features, norm: str = "sum", cut: int = 0) -> Tensor:
+    """(…, length) per position from `cut` on to (…, n_input) per feature."""
+    column_of = features.column_at(cut + values.size(-1))[cut:]
+    return _by_column(values, column_of, features.n_columns, norm)[..., features.column_of]
 
 
 def _by_column(values: Tensor, column_of: Tensor, n_columns: int, norm: str) -> Tensor:

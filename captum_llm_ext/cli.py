@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from captum_llm_ext import __version__
+from captum_llm_ext.attention_maps import LAYER_MAPS
 from captum_llm_ext.display.tokens import readable_token, short_layer_names
-from captum_llm_ext.explain import METHODS, PERTURBATION_METHODS, explain
+from captum_llm_ext.explain import METHODS, PERTURBATION_METHODS, READOUT_METHODS, explain
 from captum_llm_ext.models import load_demo_model, load_model
 from captum_llm_ext.result import LLMAttributionResult, LLMLayerAttributionResult
 
@@ -88,14 +89,27 @@ def _add_method_arguments(group: argparse._ArgumentGroup) -> None:
         default="saliency",
         help="saliency: L1 norm of the gradient; ig: integrated gradients; gradxact: gradient x "
         "activation; gradshap: gradient SHAP; ablation, shapley, shapley_sampling, lime, "
-        "kernelshap: by perturbing the prompt (default: %(default)s)",
+        "kernelshap: by perturbing the prompt; attention: the attention weights "
+        "(default: %(default)s)",
     )
     group.add_argument(
         "--layers",
         nargs="+",
         metavar="PATTERN",
         help='layers by name or pattern, such as q_proj or "model.layers.*.mlp"; put them after '
-        "the prompt (default: the input embeddings)",
+        "the prompt (default: the input embeddings; of attention: all layers)",
+    )
+    group.add_argument(
+        "--heads",
+        nargs="+",
+        type=int,
+        metavar="N",
+        help="heads of attention, from 0 (default: all)",
+    )
+    group.add_argument(
+        "--reduction",
+        choices=LAYER_MAPS,
+        help="how attention of all heads and layers becomes one map (default: mean)",
     )
     group.add_argument(
         "--steps", type=_positive, metavar="N", help="steps of integrated gradients (default: 50)"
@@ -205,7 +219,7 @@ def _attribute_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """The keywords of ``attribute``; options that would do nothing are refused."""
     options: dict[str, Any] = {"show_progress": sys.stderr.isatty()}
     if arguments.sequence_only:
-        if arguments.method in PERTURBATION_METHODS:
+        if arguments.method in (*PERTURBATION_METHODS, *READOUT_METHODS):
             raise ValueError(f"--sequence-only saves nothing with --method {arguments.method}")
         options["include_per_token_attr"] = False
     if arguments.steps is not None:
@@ -217,7 +231,7 @@ def _attribute_options(arguments: argparse.Namespace) -> dict[str, Any]:
             raise ValueError("--adaptive belongs to --method ig, without --steps")
         options["quadrature"] = "adaptive"
     if arguments.baseline is not None:
-        if arguments.method in ("saliency", "gradxact"):
+        if arguments.method in ("saliency", "gradxact", *READOUT_METHODS):
             raise ValueError(f"--baseline means nothing to --method {arguments.method}")
         options["baselines"] = arguments.baseline
     if arguments.samples is not None:
@@ -227,6 +241,11 @@ def _attribute_options(arguments: argparse.Namespace) -> dict[str, Any]:
                 f"got --method {arguments.method}"
             )
         options["n_samples"] = arguments.samples
+    for name in ("heads", "reduction"):
+        if getattr(arguments, name) is not None:
+            if arguments.method != "attention":
+                raise ValueError(f"--{name} belongs to --method attention")
+            options[name] = getattr(arguments, name)
     if arguments.max_new_tokens is not None:
         if arguments.target is not None:
             raise ValueError("--max-new-tokens is for a generated target: leave out --target")

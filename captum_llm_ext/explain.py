@@ -20,6 +20,7 @@ from captum.attr import (
 )
 from torch import nn
 
+from captum_llm_ext.attention import LLMAttentionAttribution
 from captum_llm_ext.gradient import LLMGradientAttribution
 from captum_llm_ext.inputs import TextTokenInput, chat_input
 from captum_llm_ext.methods import LayerSaliency
@@ -51,7 +52,11 @@ PERTURBATION_METHODS: dict[str, Callable[[nn.Module], Any]] = {
     "lime": Lime,
     "kernelshap": KernelShap,
 }
-METHODS = (*GRADIENT_METHODS, *PERTURBATION_METHODS)
+# Wrappers that need no method of Captum's, and what they are made with besides model and layers.
+READOUT_METHODS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
+    "attention": (LLMAttentionAttribution, ("heads", "reduction")),
+}
+METHODS = (*GRADIENT_METHODS, *PERTURBATION_METHODS, *READOUT_METHODS)
 
 
 def explain(
@@ -76,17 +81,21 @@ def explain(
             Default: what the model generates.
         method: with gradients, "saliency" (L1 norm of the gradient, the default), "ig" (integrated
             gradients), "gradxact" (gradient x activation) or "gradshap" (gradient SHAP); by
-            perturbation, "ablation", "shapley", "shapley_sampling", "lime" or "kernelshap".
-        layers: for the methods with gradients, a module, a name, a pattern such as
-            ``"model.layers.*.mlp"``, or a list of these. Default: the input embeddings.
+            perturbation, "ablation", "shapley", "shapley_sampling", "lime" or "kernelshap"; or
+            "attention", the attention weights (with `heads` and `reduction`).
+        layers: for the methods with gradients and "attention", a module, a name, a pattern such as
+            ``"model.layers.*.mlp"``, or a list of these. Default: the input embeddings; for
+            "attention", every layer that has it.
         quadrature: of "ig" (where `attribute` calls it `method`): "gausslegendre" (the default), a
             Riemann rule, or "adaptive" with ``tol=0.05``.
-        **kwargs: go to ``attribute`` of `LLMGradientAttribution` or `LLMAttribution`, for example
-            ``n_steps=100``, ``n_samples=50`` or ``gen_args={"max_new_tokens": 10}``.
+        **kwargs: go to ``attribute`` of `LLMGradientAttribution`, `LLMAttribution` or
+            `LLMAttentionAttribution`, for example ``n_steps=100``, ``n_samples=50`` or
+            ``gen_args={"max_new_tokens": 10}``.
 
     Returns:
         A result with ``seq_attr`` (n_input,) and ``token_attr`` (n_output, n_input), in units of
         log p; for several layers an ``LLMLayerAttributionResult``, with those of each layer too.
+        Of "attention" an ``LLMAttentionAttributionResult``, in shares of 1.
 
     Raises:
         ValueError: the method is unknown or has no layers, a layer is not in the model, or the
@@ -102,7 +111,9 @@ def explain(
     Source: Kokhlikyan et al., "Captum" (2020), arXiv:2009.07896; Miglani et al., "Using Captum to
     explain generative language models" (2023), arXiv:2312.05491.
     """
-    wrapper = _wrapper(model, tokenizer, method, layers)
+    _, made_with = READOUT_METHODS.get(method, (None, ()))
+    settings = {name: kwargs.pop(name) for name in made_with if name in kwargs}
+    wrapper = _wrapper(model, tokenizer, method, layers, settings)
     if quadrature is not None:
         if method != "ig":
             raise ValueError(f"quadrature belongs to method 'ig', got method {method!r}")
@@ -111,8 +122,14 @@ def explain(
 
 
 def _wrapper(
-    model: nn.Module, tokenizer: Any, method: str, layers: Layers | None
-) -> LLMGradientAttribution | LLMAttribution:
+    model: nn.Module,
+    tokenizer: Any,
+    method: str,
+    layers: Layers | None,
+    settings: Mapping[str, Any],
+) -> LLMGradientAttribution | LLMAttribution | LLMAttentionAttribution:
+    if method in READOUT_METHODS:
+        return READOUT_METHODS[method][0](model, tokenizer, layers, **settings)
     if method in GRADIENT_METHODS:
         layer = _input_embeddings(model) if layers is None else layers
         return LLMGradientAttribution(GRADIENT_METHODS[method](model, layer), tokenizer)
@@ -121,7 +138,7 @@ def _wrapper(
     if layers is not None:
         raise ValueError(
             f"{method} perturbs the prompt and has no layers: leave out layers, or choose one of "
-            f"{', '.join(GRADIENT_METHODS)}"
+            f"{', '.join((*GRADIENT_METHODS, *READOUT_METHODS))}"
         )
     return LLMAttribution(PERTURBATION_METHODS[method](model), tokenizer)
 

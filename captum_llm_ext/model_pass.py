@@ -79,10 +79,14 @@ class TeacherForcing:
         span: TargetSpan,
         sites: Sequence[Site] = (),
         use_cache: bool = False,
+        **more: Any,
     ) -> Pass:
-        """Run the model on rows of fed ids; the gradients of `sites` are to be taken, if any."""
+        """Run the model on rows of fed ids; the gradients of `sites` are to be taken, if any.
+
+        `more` are further arguments of the model, left out where it does not have them.
+        """
         # Logits over the vocabulary are dear, so only at the positions that are scored.
-        wanted = {"use_cache": use_cache, "logits_to_keep": len(span)}
+        wanted = {"use_cache": use_cache, "logits_to_keep": len(span), **more}
         options = {name: value for name, value in wanted.items() if accepts(self.model, name)}
         if self.prefix is not None and self.cut:
             options |= {"use_cache": True, "past_key_values": self.prefix.at(self.cut, len(ids))}

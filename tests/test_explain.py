@@ -147,7 +147,7 @@ def test_a_plain_module_needs_its_layer_named(tokenizer):
 
 @pytest.mark.parametrize("method", ["", "IG", "shap", None])
 def test_unknown_method_names_those_there_are(model, tokenizer, method):
-    with pytest.raises(ValueError, match=r"saliency, ig, .*, kernelshap; got"):
+    with pytest.raises(ValueError, match=r"saliency, ig, .*, kernelshap, attention; got"):
         explain(model, tokenizer, PROMPT, TARGET, method)
 
 

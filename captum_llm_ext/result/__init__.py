@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from captum_llm_ext.result.attention import LLMAttentionAttributionResult
 from captum_llm_ext.result.layered import LLMLayerAttributionResult
 from captum_llm_ext.result.single import LLMAttributionResult
 
-__all__ = ["LLMAttributionResult", "LLMLayerAttributionResult"]
+__all__ = ["LLMAttentionAttributionResult", "LLMAttributionResult", "LLMLayerAttributionResult"]
