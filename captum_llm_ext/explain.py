@@ -11,6 +11,7 @@ from captum.attr import (
     FeatureAblation,
     InterpretableInput,
     KernelShap,
+    LayerConductance,
     LayerGradientShap,
     LayerGradientXActivation,
     LayerIntegratedGradients,
@@ -44,6 +45,7 @@ GRADIENT_METHODS: dict[str, Callable[[nn.Module, Any], Any]] = {
     "ig": _integrated_gradients,
     "gradxact": LayerGradientXActivation,
     "gradshap": LayerGradientShap,
+    "conductance": LayerConductance,
 }
 PERTURBATION_METHODS: dict[str, Callable[[nn.Module], Any]] = {
     "ablation": FeatureAblation,
@@ -80,14 +82,15 @@ def explain(
         target: the continuation to attribute, a string or token ids of shape (n_output,).
             Default: what the model generates.
         method: with gradients, "saliency" (L1 norm of the gradient, the default), "ig" (integrated
-            gradients), "gradxact" (gradient x activation) or "gradshap" (gradient SHAP); by
+            gradients), "gradxact" (gradient x activation), "gradshap" (gradient SHAP) or
+            "conductance" (of layers, along the path of the embeddings); by
             perturbation, "ablation", "shapley", "shapley_sampling", "lime" or "kernelshap"; or
             "attention", the attention weights (with `heads` and `reduction`).
         layers: for the methods with gradients and "attention", a module, a name, a pattern such as
             ``"model.layers.*.mlp"``, or a list of these. Default: the input embeddings; for
             "attention", every layer that has it.
-        quadrature: of "ig" (where `attribute` calls it `method`): "gausslegendre" (the default), a
-            Riemann rule, or "adaptive" with ``tol=0.05``.
+        quadrature: of "ig" and "conductance" (where `attribute` calls it `method`):
+            "gausslegendre" (the default), a Riemann rule, or "adaptive" with ``tol=0.05``.
         **kwargs: go to ``attribute`` of `LLMGradientAttribution`, `LLMAttribution` or
             `LLMAttentionAttribution`, for example ``n_steps=100``, ``n_samples=50`` or
             ``gen_args={"max_new_tokens": 10}``.
@@ -115,8 +118,8 @@ def explain(
     settings = {name: kwargs.pop(name) for name in made_with if name in kwargs}
     wrapper = _wrapper(model, tokenizer, method, layers, settings)
     if quadrature is not None:
-        if method != "ig":
-            raise ValueError(f"quadrature belongs to method 'ig', got method {method!r}")
+        if method not in ("ig", "conductance"):
+            raise ValueError(f"quadrature belongs to 'ig' and 'conductance', got method {method!r}")
         kwargs["method"] = quadrature
     return wrapper.attribute(_as_input(prompt, tokenizer), target=target, **kwargs)
 
