@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,11 +22,15 @@ from captum_llm_ext.display import (
     readable_token,
     render_text,
 )
+from captum_llm_ext.result.export import read_json, write_json
+from captum_llm_ext.result.frames import arrays, long_frame, wide_frame
 from captum_llm_ext.result.values import (
+    FloatArray,
     array,
     checked_tensor,
     count,
     equal,
+    known_norm,
     optional_tensor,
     token_list,
 )
@@ -32,6 +38,8 @@ from captum_llm_ext.result.values import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from pandas import DataFrame
+    from typing_extensions import Self
 
 _MOST_BARS = 60  # input tokens; a longer prompt is plotted as shaded text
 
@@ -58,9 +66,11 @@ class LLMAttributionResult(CaptumLLMAttributionResult):
             hidden), or (1, n_input, hidden) for the sequence alone; None (default) if not kept.
         n_evaluations: points of the path whose gradient was taken, or None (default).
         converged: whether adaptive quadrature met its tolerance, or None (default).
+        norm: of gradients of which the values are, "l1", "l2" or "linf"; None (default) for
+            attributions that add up.
 
     Raises:
-        ValueError: a shape does not fit the tokens.
+        ValueError: a shape does not fit the tokens, or an unknown norm.
         TypeError: tokens are one string rather than a list.
 
     Example:
@@ -92,8 +102,9 @@ class LLMAttributionResult(CaptumLLMAttributionResult):
         hidden_attr: Tensor | None = None,
         n_evaluations: int | None = None,
         converged: bool | None = None,
+        norm: str | None = None,
     ) -> None:
-        self.n_evaluations, self.converged = n_evaluations, converged
+        self.n_evaluations, self.converged, self.norm = n_evaluations, converged, known_norm(norm)
         super().__init__(
             input_tokens=token_list("input_tokens", input_tokens),
             output_tokens=token_list("output_tokens", output_tokens),
@@ -206,6 +217,78 @@ class LLMAttributionResult(CaptumLLMAttributionResult):
         """
         print_text(self._text(), file)
 
+    def to_dataframe(self, long: bool = False) -> DataFrame:
+        """Pandas data frame of the attributions, float32; repeated tokens as in `seq_attr_dict`.
+
+        Args:
+            long: False (default): a row per input token, a column "sequence" and one per output
+                token. True: a row per pair, with columns output_position, output_token,
+                input_position, input_token and attribution; those of the sequence, the first
+                n_input rows, have no output position and token.
+
+        Of several layers: the frames of all layers under one another, with the layer's name as
+        first level of the index, or as first column where long.
+
+        Raises:
+            ImportError: pandas is missing (``captum-llm-ext[export]``).
+
+        Example::
+
+            largest = result.to_dataframe()["sequence"].nlargest(3)
+        """
+        return long_frame(self) if long else wide_frame(self)
+
+    def to_numpy(self) -> dict[str, FloatArray]:
+        """Every array by the name of its attribute, as `numpy.savez` takes them.
+
+        What is None is left out; hidden attributions of layers are "hidden_attr.<layer>".
+        """
+        return arrays(self)
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """JSON text of everything but `inp`, which holds the tokenizer; exact in float32.
+
+        Args:
+            path: a file to write the text to as well; None (default) for none.
+
+        Raises:
+            TypeError: a token that is no str, or a class of result made elsewhere.
+        """
+        text = write_json(self)
+        if path is not None:
+            Path(path).write_text(text, encoding="utf-8")
+        return text
+
+    @classmethod
+    def from_json(cls, source: str | Path) -> Self:
+        """The result that `to_json` stored, of the class it had, on the CPU and without `inp`.
+
+        Args:
+            source: the JSON text, or a pathlib.Path of a file with it.
+
+        Raises:
+            ValueError: damaged text, one of a newer version, or a result of another class.
+            OSError: the file cannot be read.
+
+        Example:
+            >>> result = LLMAttributionResult(
+            ...     input_tokens=["a", "b"], output_tokens=["c"], seq_attr=[0.1, 0.2]
+            ... )
+            >>> LLMAttributionResult.from_json(result.to_json()) == result
+            True
+        """
+        kind, values = read_json(source)
+        found = next((c for c in _with_subclasses(cls) if c.__name__ == kind), None)
+        if found is None:
+            raise ValueError(
+                f"expected a stored {cls.__name__}, got a {kind}; use {kind}.from_json"
+            )
+        return found._restored(values)
+
+    @classmethod
+    def _restored(cls, values: Mapping[str, Any]) -> Self:
+        return cls(**values)
+
     def _text(self) -> AttributionText:
         footers = {"log probability": self.output_probs, "convergence delta": self._footer_delta()}
         return AttributionText(
@@ -244,6 +327,10 @@ class LLMAttributionResult(CaptumLLMAttributionResult):
         inputs = {"n_input": len(self.input_tokens), "hidden": None}
         outputs = {"n_output": len(self.output_tokens)}
         return optional_tensor(name, hidden_attr, outputs | inputs, {"sequence": 1} | inputs)
+
+
+def _with_subclasses(cls: type[Any]) -> list[type[Any]]:
+    return [cls, *(c for child in cls.__subclasses__() for c in _with_subclasses(child))]
 
 
 def shown(drawn: tuple[Figure, Axes], show: bool) -> tuple[Figure, Axes] | None:
