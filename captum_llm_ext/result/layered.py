@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy.typing as npt
 from captum.attr import InterpretableInput
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from captum_llm_ext.display import draw_heat_map, relative_to_rows, short_layer_names
 from captum_llm_ext.result.frames import layered_frame
+from captum_llm_ext.result.merge import Spans
 from captum_llm_ext.result.single import LLMAttributionResult, shown
 from captum_llm_ext.result.values import (
     array,
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from pandas import DataFrame
-    from typing_extensions import Self
 
 
 _T = TypeVar("_T")
@@ -69,6 +69,7 @@ class LLMLayerAttributionResult(LLMAttributionResult, Mapping[str, LLMAttributio
         tensor([2.0000, 0.5000])
     """
 
+    _computed = ("seq_attr", "token_attr")
     __hash__ = None  # type: ignore[assignment]
 
     def __init__(
@@ -153,7 +154,11 @@ class LLMLayerAttributionResult(LLMAttributionResult, Mapping[str, LLMAttributio
         return name in self.layer_names
 
     def plot_layer_attr(
-        self, show: bool = False, ax: Axes | None = None, normalize: bool = True
+        self,
+        show: bool = False,
+        ax: Axes | None = None,
+        normalize: bool = True,
+        merge: str | Spans | None = None,
     ) -> tuple[Figure, Axes] | None:
         """Plot layers by input tokens, the first layer at the bottom.
 
@@ -162,26 +167,20 @@ class LLMLayerAttributionResult(LLMAttributionResult, Mapping[str, LLMAttributio
             ax: axes to draw into; None (default) for a new figure.
             normalize: divide each layer by its own largest absolute value, a dominant token left
                 aside (default True), since layers differ by orders of magnitude.
+            merge: "word" or spans to `merge` first; None (default) for tokens.
         """
-        values, label, scale = array(self.layer_seq_attr), "Sequence Attribution", None
+        result = self._merged(merge)
+        values, label, scale = array(result.layer_seq_attr), "Sequence Attribution", None
         if normalize:
             values, scale = relative_to_rows(values)
             label += " / largest of its layer but for outliers"
         names = short_layer_names(self.layer_names)
-        drawn = draw_heat_map(values[::-1], names[::-1], self.input_tokens, label, ax, scale)
+        drawn = draw_heat_map(values[::-1], names[::-1], result.input_tokens, label, ax, scale)
         return shown(drawn, show)
 
     def to_dataframe(self, long: bool = False) -> DataFrame:
         frames = {name: layer.to_dataframe(long) for name, layer in self.items()}
         return layered_frame(frames, long)
-
-    @classmethod
-    def _restored(cls, values: Mapping[str, Any]) -> Self:
-        """Means and sums over layers as they were stored: their last bit depends on the device."""
-        together = ("seq_attr", "token_attr")
-        result = cls(**{name: value for name, value in values.items() if name not in together})
-        result.seq_attr, result.token_attr = values["seq_attr"], values["token_attr"]
-        return result
 
     def _place(self, name: str) -> int:
         if name in self.layer_names:
