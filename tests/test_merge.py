@@ -21,7 +21,7 @@ from captum_llm_ext.display import token_texts, word_spans, word_texts
 from captum_llm_ext.result import LLMAttributionResult, LLMLayerAttributionResult
 from tests.families import tiny_model, tiny_tokenizer
 
-PROMPT = "Dave unwillingly revisits Palmyra and Coastal France"
+PROMPT = "Dave lived inside Palmyra and cooked golden Francs"
 
 
 def words(*tokens: str) -> list[str]:
@@ -61,7 +61,7 @@ def test_examples_in_docstrings_run():
         (["Ġwell", "-", "known", ",", "Ġ1", "0", "."], [" well", "-", "known", ",", " 10", "."]),
         (["a", "Ċ", "b", "ĊĊ", "c", "<0x0A>", "d"], ["a", "\n", "b", "\n\n", "c", "\n", "d"]),
         (["<|im_start|>", "user", "Ċ", "Hi"], ["<|im_start|>", "user", "\n", "Hi"]),
-        (["Ġx", "_", "1", "Ġ", "Ġ", "y"], [" x_1", " ", " ", "y"]),
+        (["Ġx", "_", "1", "Ġ", "Ġ", "y"], [" x_1", " ", " y"]),
         (["日本", "語", "の", "cat", "s"], ["日本", "語", "の", "cats"]),
         (["한국", "어", " 책"], ["한국어", " 책"]),
         (["हि", "न्", "दी"], ["हिन्दी"]),
@@ -109,7 +109,7 @@ def test_merged_tokens_equal_an_attribution_whose_features_are_the_words(norm, l
     inp = TextTokenInput(PROMPT, tiny_tokenizer(), skip_tokens=["<s>"])
     merged = saliency(inp, norm, layers).merge("word")
     by_word = saliency(segment_input(PROMPT, by="word"), norm, layers)
-    assert len(inp.values) > 2 * len(merged.input_tokens)
+    assert len(inp.values) > 2.5 * len(merged.input_tokens)
     assert [token.strip() for token in merged.input_tokens] == list(by_word.input_tokens)
     torch.testing.assert_close(merged.seq_attr, by_word.seq_attr)
     torch.testing.assert_close(merged.token_attr, by_word.token_attr)

@@ -13,7 +13,7 @@ _UNSPACED = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u30ff\u3400-\u9fff\uf900-\ufaff"
     "\U00020000-\U0003ffff]"
 )
-_WORD = re.compile("w+(?:'w+)*")
+_WORD = re.compile(" ?w+(?:'w+)*")  # some vocabularies have the space before it apart
 
 
 def word_texts(tokens: Sequence[str]) -> list[str]:
@@ -56,8 +56,8 @@ def word_spans(texts: Sequence[str], gaps: Collection[int] = ()) -> list[tuple[i
 
 
 def _kind(character: str) -> str:
-    """ "w" for what words are made of, "'" for an apostrophe, a space for all else."""
-    if character in "'’":
-        return "'"
+    """ "w" for what words are made of, "'" for an apostrophe, " " for a space, "." for all else."""
+    if character in "'’ ":
+        return character.replace("’", "'")
     joins = unicodedata.category(character)[0] in "LMN" or character in "_\u200c\u200d"
-    return "w" if joins and not _UNSPACED.match(character) else " "
+    return "w" if joins and not _UNSPACED.match(character) else "."
