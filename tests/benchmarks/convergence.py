@@ -28,7 +28,7 @@ from captum_llm_ext import (
     chat_input,
     load_demo_model,
 )
-from tests.benchmarks.measure import machine
+from tests.benchmarks.measure import machine_facts
 
 CASES = {
     "capital": ("The capital of France is", " Paris"),
@@ -87,9 +87,9 @@ def make_reference(model: Any, tokenizer: Any, name: str, baseline: str) -> None
         return
     options = {"tol": TOLERANCE / 10, "max_rows": 10 * FIXED, "include_per_token_attr": False}
     inp, result = attribute(model, tokenizer, name, baseline, method="adaptive", **options)
-    path = Path_(model, tokenizer, inp, name, baseline)
+    path = EmbeddingPath(model, tokenizer, inp, name, baseline)
     for intervals in (MESH, 2 * MESH, 4 * MESH):
-        other = path.integral(path.mesh(result.path, intervals))
+        other = path.integral(path.mesh(result.score_path, intervals))
         difference = float((result.seq_attr - other).norm() / result.seq_attr.norm())
         if difference <= 0.03:
             break
@@ -107,7 +107,7 @@ def make_reference(model: Any, tokenizer: Any, name: str, baseline: str) -> None
     print(file.stem, {k: v for k, v in kept.items() if not isinstance(v, list)}, flush=True)
 
 
-class Path_:
+class EmbeddingPath:
     """The straight path of the embeddings, with plain autograd and a hook."""
 
     def __init__(self, model: Any, tokenizer: Any, inp: Any, name: str, baseline: str) -> None:
@@ -147,7 +147,7 @@ class Path_:
 
     def mesh(self, path: Any, intervals: int) -> np.ndarray:
         """Edges between which the score moves equally far, and none wider than a few of them."""
-        points, scores = path.points.double().numpy(), path.scores.double().numpy()
+        points, scores = path.double().numpy()
         travelled = np.concatenate([[0], np.abs(np.diff(scores)).cumsum()])
         mass = travelled / travelled[-1] + points
         return np.interp(np.linspace(0, mass[-1], intervals + 1), mass, points)
@@ -174,7 +174,7 @@ def _chunks(values: np.ndarray) -> list[Tensor]:
 
 
 def print_table(model: Any, tokenizer: Any) -> None:
-    print(machine())
+    print(machine_facts())
     rows, met = [], 0
     print(f"{'case':10} {'baseline':8} rows  delta  error  error of {FIXED} fixed points")
     for name, baseline in _pairs():
