@@ -119,7 +119,7 @@ def explain(
     wrapper = _wrapper(model, tokenizer, method, layers, settings)
     if quadrature is not None:
         if method not in ("ig", "conductance"):
-            raise ValueError(f"quadrature belongs to 'ig' and 'conductance', got method {method!r}")
+            raise ValueError(f"quadrature belongs to 'ig' and 'conductance', got {method!r}")
         kwargs["method"] = quadrature
     return wrapper.attribute(_as_input(prompt, tokenizer), target=target, **kwargs)
 

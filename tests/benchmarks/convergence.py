@@ -47,7 +47,7 @@ BASELINES = {"id 0": 0, "pad": "pad", "mean": "mean"}
 TOLERANCE, BUDGET = 0.05, 1000  # the defaults of method="adaptive"
 FIXED = 400
 FOLDER = Path(__file__).parent / "references"
-GAUSS, MESH, ROWS = 4, 250, 24
+GAUSS, MESH, ROWS = 4, 125, 24
 
 
 def main() -> None:
