@@ -1,7 +1,7 @@
 """How adaptive quadrature was chosen: gradient rows of its alternatives on the convergence cases.
 
-`python -m tests.benchmarks.quadrature` prints rows to a tolerance of 5 % (a budget of 1000 rows that
-ends first counts as 1000) for 8 prompts and 2 baselines, and writes results/quadrature.json.
+`python -m tests.benchmarks.quadrature` prints rows to a tolerance of 5 % for 8 prompts and 2
+baselines, and writes results/quadrature.json. A budget of 1000 that ends first counts as 1000.
 """
 
 from __future__ import annotations
