@@ -3,7 +3,7 @@
 `python -m tests.benchmarks.convergence` prints the table: adaptive quadrature with its defaults and
 the fixed rule at 400 points, against reference integrals kept in `references/`.
 `python -m tests.benchmarks.convergence references` makes those (hours): by adaptive quadrature with
-a tenth of the tolerance, and by a Gauss-Legendre rule on a mesh refined where the score moves,
+a fifth of the tolerance, and by a Gauss-Legendre rule on a mesh refined where the score moves,
 written here with plain autograd. The two must agree within 3 %.
 """
 
@@ -35,7 +35,7 @@ CASES = {
     "nurse": ("My sister is a nurse, and every morning she goes to the", " hospital"),
     "lawyer": (
         "Dave lives in Palm Coast, FL and is a lawyer. His personal interests include",
-        " playing golf, hiking",
+        " playing golf",
     ),
     "german": ("Der Himmel ist blau und das Gras ist", " grün"),
     "code": ("def add(a, b):\n    return a +", " b"),
@@ -47,7 +47,7 @@ BASELINES = {"id 0": 0, "pad": "pad", "mean": "mean"}
 TOLERANCE, BUDGET = 0.05, 1000  # the defaults of method="adaptive"
 FIXED = 400
 FOLDER = Path(__file__).parent / "references"
-GAUSS, MESH, ROWS = 4, 125, 24
+GAUSS, MESH, ROWS = 4, 80, 24
 
 
 def main() -> None:
@@ -85,7 +85,7 @@ def make_reference(model: Any, tokenizer: Any, name: str, baseline: str) -> None
     file = FOLDER / f"{name}-{baseline.replace(' ', '')}.json"
     if file.exists():
         return
-    options = {"tol": TOLERANCE / 10, "max_rows": 10 * FIXED, "include_per_token_attr": False}
+    options = {"tol": TOLERANCE / 5, "max_rows": 10 * FIXED, "include_per_token_attr": False}
     inp, result = attribute(model, tokenizer, name, baseline, method="adaptive", **options)
     path = EmbeddingPath(model, tokenizer, inp, name, baseline)
     for intervals in (MESH, 2 * MESH, 4 * MESH):
