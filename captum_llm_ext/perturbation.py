@@ -14,14 +14,15 @@ from torch import Tensor
 
 from captum_llm_ext.baselines import BaselineSpec
 from captum_llm_ext.checks import (
-    check_causal,
-    check_context,
     check_counts,
-    check_ids,
-    probed,
     warn_of_dropout,
 )
-from captum_llm_ext.coalitions import Coalitions, same_random_state
+from captum_llm_ext.coalitions import (
+    Coalitions,
+    prompt_scorer,
+    same_random_state,
+    teacher_forcing,
+)
 from captum_llm_ext.compat import (
     CaptumLLMAttribution,
     CaptumTextTemplateInput,
@@ -30,20 +31,13 @@ from captum_llm_ext.compat import (
     PerturbationAttribution,
     default_perturb_func,
 )
-from captum_llm_ext.inputs import check_template, drawn, prompt_ids, with_baselines
-from captum_llm_ext.model_parts import input_device
-from captum_llm_ext.model_pass import TeacherForcing
-from captum_llm_ext.prefix_cache import keeps_cache
-from captum_llm_ext.prompts import PromptScorer
+from captum_llm_ext.inputs import check_template, drawn, with_baselines
 from captum_llm_ext.quantized import quietly
 from captum_llm_ext.result import LLMAttributionResult
 from captum_llm_ext.targets import (
     PERTURBATION_TARGETS,
-    Target,
     check_attr_target,
-    contrast_ids,
     output_tokens,
-    target_ids,
 )
 
 # Arguments of Captum's methods that this class gives itself.
@@ -180,11 +174,10 @@ class LLMAttribution(CaptumLLMAttribution):
             if isinstance(inp, CaptumTextTemplateInput):
                 check_template(inp)
             inp = with_baselines(inp, baselines, self.model)
-            forcing = self._teacher_forcing(inp, target, gen_args, contrast_target)
+            asked_for = (target, gen_args, self.attr_target, contrast_target)
+            forcing = teacher_forcing(self.model, self.tokenizer, inp, *asked_for)
             tokens = output_tokens(forcing.target.ids, self.tokenizer)
-            probe = probed(forcing, use_cache=reuse_prefix and keeps_cache(self.model))
-            causal = check_causal(forcing, probe, product=False)
-            scorer = PromptScorer(forcing, probe, causal, internal_batch_size)
+            scorer = prompt_scorer(forcing, reuse_prefix, internal_batch_size)
             kwargs["perturbations_per_eval"] = perturbations_per_eval
             known: dict[tuple[int, ...], Tensor] = {}
             trials = []
@@ -225,26 +218,6 @@ class LLMAttribution(CaptumLLMAttribution):
             )
         if isinstance(self.attr_method, KernelShap) and inp.n_itp_features < 2:
             raise ValueError(f"{name} needs at least 2 features, got {inp.n_itp_features}")
-
-    def _teacher_forcing(
-        self,
-        inp: InterpretableInput,
-        target: str | Tensor | None,
-        gen_args: dict[str, Any] | None,
-        contrast_target: str | Tensor | None,
-    ) -> TeacherForcing:
-        device = input_device(self.model, self.device)
-        prompt = prompt_ids(inp, None, self.tokenizer, device)
-        model_inputs = {"input_ids": prompt[None]}
-        ids = target_ids(self.model, self.tokenizer, model_inputs, target, gen_args)
-        ids = ids.to(prompt.device, copy=True)
-        contrast = contrast_ids(self.tokenizer, contrast_target, len(ids))
-        contrast = None if contrast is None else contrast.to(prompt.device, copy=True)
-        asked = Target(ids, self.attr_target, contrast)
-        forcing = TeacherForcing(self.model, prompt[None], asked)
-        check_ids(forcing)
-        check_context(forcing)
-        return forcing
 
     def _repeats_itself(self) -> bool:
         """Whether the method draws from the global random state alone, and so can run twice."""
