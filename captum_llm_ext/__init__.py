@@ -23,6 +23,7 @@ from captum_llm_ext.metrics import compare_methods, faithfulness
 from captum_llm_ext.models import load_demo_model, load_model
 from captum_llm_ext.perturbation import LLMAttribution
 from captum_llm_ext.result import LLMAttributionResult, LLMLayerAttributionResult
+from captum_llm_ext.two_stage import TwoStageAblation
 
 __version__ = "0.1.0"
 
@@ -45,6 +46,7 @@ __all__ = [
     "ShapleyValues",
     "TextTemplateInput",
     "TextTokenInput",
+    "TwoStageAblation",
     "chat_input",
     "compare_methods",
     "explain",

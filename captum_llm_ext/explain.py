@@ -25,6 +25,7 @@ from captum_llm_ext.inputs import TextTokenInput, chat_input
 from captum_llm_ext.methods import LayerSaliency
 from captum_llm_ext.perturbation import LLMAttribution
 from captum_llm_ext.result import LLMAttributionResult
+from captum_llm_ext.two_stage import TwoStageAblation
 
 Message: TypeAlias = Mapping[str, str]
 Prompt: TypeAlias = str | Sequence[Message] | InterpretableInput
@@ -46,6 +47,7 @@ GRADIENT_METHODS: dict[str, Callable[[nn.Module, Any], Any]] = {
 }
 PERTURBATION_METHODS: dict[str, Callable[[nn.Module], Any]] = {
     "ablation": FeatureAblation,
+    "two_stage": TwoStageAblation,
     "shapley": ShapleyValues,
     "shapley_sampling": ShapleyValueSampling,
     "lime": Lime,
@@ -76,7 +78,8 @@ def explain(
             Default: what the model generates.
         method: with gradients, "saliency" (L1 norm of the gradient, the default), "ig" (integrated
             gradients), "gradxact" (gradient x activation) or "gradshap" (gradient SHAP); by
-            perturbation, "ablation", "shapley", "shapley_sampling", "lime" or "kernelshap".
+            perturbation, "ablation", "two_stage", "shapley", "shapley_sampling", "lime" or
+            "kernelshap".
         layers: for the methods with gradients, a module, a name, a pattern such as
             ``"model.layers.*.mlp"``, or a list of these. Default: the input embeddings.
         quadrature: of "ig" (where `attribute` calls it `method`): "gausslegendre" (the default), a

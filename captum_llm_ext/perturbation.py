@@ -38,6 +38,7 @@ from captum_llm_ext.targets import (
     check_attr_target,
     output_tokens,
 )
+from captum_llm_ext.two_stage import TwoStageAblation
 
 # Arguments of Captum's methods that this class gives itself.
 RESERVED = {
@@ -50,6 +51,9 @@ RESERVED = {
     "kwargs",
 }
 
+# Methods whose later perturbations depend on the scores of the earlier ones.
+STAGED = (TwoStageAblation,)
+
 InspectForward = Callable[[str, str, list[float]], None]
 
 
@@ -60,8 +64,9 @@ class LLMAttribution(CaptumLLMAttribution):
 
     Args:
         attr_method: `FeatureAblation`, `ShapleyValueSampling`, `ShapleyValues`, `Lime` or
-            `KernelShap` (Captum's classes), made with the model. Lime and KernelShap need
-            scikit-learn (the extra ``lime``) and give the sequence attribution alone.
+            `KernelShap` (Captum's classes) or `TwoStageAblation`, made with the model. Lime and
+            KernelShap need scikit-learn (the extra ``lime``) and give the sequence attribution
+            alone.
         tokenizer: the model's tokenizer.
         attr_target: what is attributed of each target token: "log_prob" (natural logarithm, the
             default), "prob", "logit" or "rank" (minus the number of likelier tokens, so that an
@@ -82,6 +87,12 @@ class LLMAttribution(CaptumLLMAttribution):
         >>> result.token_attr.shape
         torch.Size([1, 1])
     """
+
+    SUPPORTED_METHODS = (*CaptumLLMAttribution.SUPPORTED_METHODS, *STAGED)
+    SUPPORTED_PER_TOKEN_ATTR_METHODS = (
+        *CaptumLLMAttribution.SUPPORTED_PER_TOKEN_ATTR_METHODS,
+        *STAGED,
+    )
 
     def __init__(
         self,
@@ -177,14 +188,16 @@ class LLMAttribution(CaptumLLMAttribution):
             forcing = teacher_forcing(self.model, self.tokenizer, inp, *asked_for)
             tokens = output_tokens(forcing.target.ids, self.tokenizer)
             scorer = prompt_scorer(forcing, reuse_prefix, internal_batch_size)
-            kwargs["perturbations_per_eval"] = perturbations_per_eval
+            staged = isinstance(self.attr_method, STAGED)
+            at_once = inp.n_itp_features if staged else perturbations_per_eval
+            kwargs["perturbations_per_eval"] = at_once
             known: dict[tuple[int, ...], Tensor] = {}
             trials = []
             for _ in range(num_trials):
-                asked = Coalitions(drawn(inp), self.tokenizer, scorer, known)
+                asked = Coalitions(drawn(inp), self.tokenizer, scorer, known, show_progress)
                 if self._repeats_itself():
                     self._collect(asked, kwargs)
-                    asked.score(show_progress)
+                    asked.score()
                 trials.append(self._attribute_once(asked, _inspect_forward, kwargs))
             return self._result(torch.stack(trials).mean(0), inp, tokens)
 
@@ -219,7 +232,10 @@ class LLMAttribution(CaptumLLMAttribution):
             raise ValueError(f"{name} needs at least 2 features, got {inp.n_itp_features}")
 
     def _repeats_itself(self) -> bool:
-        """Whether the method draws from the global random state alone, and so can run twice."""
+        """Whether the method asks for the same if it runs twice: whatever the scores were, and
+        drawing from the global random state alone."""
+        if isinstance(self.attr_method, STAGED):
+            return False
         own_draws = getattr(self.attr_method, "perturb_func", None)
         return isinstance(self.attr_method, KernelShap) or own_draws in (None, default_perturb_func)
 
@@ -244,6 +260,7 @@ class LLMAttribution(CaptumLLMAttribution):
         """Attributions (1 + n_output or 1, n_features) of one trial."""
 
         def scores(rows: Tensor) -> Tensor:
+            asked.add(rows)  # so that what was not foreseen is scored together
             found = [asked.found(row) for row in rows]
             if inspect is not None:
                 self._inspect(inspect, asked, rows, found)
