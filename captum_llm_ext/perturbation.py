@@ -9,7 +9,7 @@ from copy import copy, deepcopy
 from typing import Any
 
 import torch
-from captum.attr import KernelShap, Lime
+from captum.attr import FeatureAblation, KernelShap, Lime
 from torch import Tensor
 
 from captum_llm_ext.baselines import BaselineSpec
@@ -51,8 +51,8 @@ RESERVED = {
     "kwargs",
 }
 
-# Methods whose later perturbations depend on the scores of the earlier ones.
-STAGED = (TwoStageAblation,)
+# Methods whose later perturbations depend on the scores of the first ones, and what asks for those.
+STAGED = {TwoStageAblation: FeatureAblation}
 
 InspectForward = Callable[[str, str, list[float]], None]
 
@@ -188,7 +188,7 @@ class LLMAttribution(CaptumLLMAttribution):
             forcing = teacher_forcing(self.model, self.tokenizer, inp, *asked_for)
             tokens = output_tokens(forcing.target.ids, self.tokenizer)
             scorer = prompt_scorer(forcing, reuse_prefix, internal_batch_size)
-            staged = isinstance(self.attr_method, STAGED)
+            staged = type(self.attr_method) in STAGED
             at_once = inp.n_itp_features if staged else perturbations_per_eval
             kwargs["perturbations_per_eval"] = at_once
             known: dict[tuple[int, ...], Tensor] = {}
@@ -232,18 +232,15 @@ class LLMAttribution(CaptumLLMAttribution):
             raise ValueError(f"{name} needs at least 2 features, got {inp.n_itp_features}")
 
     def _repeats_itself(self) -> bool:
-        """Whether the method asks for the same if it runs twice: whatever the scores were, and
-        drawing from the global random state alone."""
-        if isinstance(self.attr_method, STAGED):
-            return False
+        """Whether the method draws from the global random state alone, and so can run twice."""
         own_draws = getattr(self.attr_method, "perturb_func", None)
         return isinstance(self.attr_method, KernelShap) or own_draws in (None, default_perturb_func)
 
     def _collect(self, asked: Coalitions, kwargs: dict[str, Any]) -> None:
         """Let the method run on scores of zero, to learn which perturbations it wants.
 
-        They do not depend on the scores, and the random state is put back, so that it wants the
-        same ones when it runs in earnest.
+        They do not depend on the scores (of a method in stages, the first ones), and the random
+        state is put back, so that it wants the same ones when it runs in earnest.
         """
         width = 1 + len(asked.scorer.target) if self.include_per_token_attr else None
 
@@ -278,6 +275,8 @@ class LLMAttribution(CaptumLLMAttribution):
         rehearsal: bool = False,
     ) -> Tensor:
         method = copy(self.attr_method)
+        if rehearsal and type(method) in STAGED:
+            method = STAGED[type(method)](forward)
         method.forward_func = forward
         if rehearsal and isinstance(method, Lime):  # its surrogate must not learn from zeros
             method.interpretable_model = deepcopy(method.interpretable_model)

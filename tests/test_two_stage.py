@@ -206,6 +206,18 @@ def test_each_stage_is_one_batch_and_no_prompt_is_scored_twice() -> None:
     assert model.calls <= 12
 
 
+def test_through_the_wrapper_it_costs_twice_what_ablation_costs() -> None:
+    costs = {}
+    for kind in (FeatureAblation, TwoStageAblation):
+        model, inp = tiny_model("llama", fresh=True), token_input(TEXT, baselines=7)
+        rows: list[int] = []
+        model.register_forward_pre_hook(lambda _, args, rows=rows: rows.append(len(args[0])))
+        LLMAttribution(kind(model), tiny_tokenizer()).attribute(inp, target_ids(2))
+        costs[kind] = sum(rows)
+    assert costs[FeatureAblation] == 2 + 1 + 8  # the probe has two rows
+    assert costs[TwoStageAblation] <= 2 * costs[FeatureAblation]
+
+
 def test_values_of_a_mask_and_contrast() -> None:
     model = tiny_model("llama")
     template, values = "{} lives in {} and {} {}", ["Dave", "Palm Coast", "plays", "golf"]
