@@ -28,6 +28,7 @@ from captum_llm_ext.result import (
     LLMAttributionResult,
     LLMLayerAttributionResult,
 )
+from captum_llm_ext.two_stage import TwoStageAblation
 
 __version__ = "0.1.0"
 
@@ -52,6 +53,7 @@ __all__ = [
     "ShapleyValues",
     "TextTemplateInput",
     "TextTokenInput",
+    "TwoStageAblation",
     "chat_input",
     "compare_methods",
     "explain",

@@ -30,7 +30,8 @@ class Coalitions:
     inp: InterpretableInput
     tokenizer: Any
     scorer: PromptScorer
-    known: dict[tuple[int, ...], Tensor]
+    known: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
+    show_progress: bool = False
     _prompts: dict[tuple[bool, ...], Tensor] = field(default_factory=dict)
 
     def prompt(self, row: Tensor) -> Tensor:
@@ -45,14 +46,14 @@ class Coalitions:
         for row in rows:
             self.prompt(row)
 
-    def score(self, show_progress: bool = False) -> None:
+    def score(self) -> None:
         """Score all prompts that have no score yet, each once."""
         new = {_key(p): p for p in self._prompts.values() if _key(p) not in self.known}
         if not new:
             return
         longest = max(new.values(), key=len)
         check_context(replace(self.scorer.forcing, prompt_ids=longest[None]))
-        with tqdm(total=len(new), disable=not show_progress, desc="prompts") as bar:
+        with tqdm(total=len(new), disable=not self.show_progress, desc="prompts") as bar:
             self.scorer.advance = bar.update
             self.known.update(zip(new, self.scorer.scores(list(new.values())), strict=True))
 

@@ -9,7 +9,7 @@ from copy import copy, deepcopy
 from typing import Any
 
 import torch
-from captum.attr import KernelShap, Lime
+from captum.attr import FeatureAblation, KernelShap, Lime
 from torch import Tensor
 
 from captum_llm_ext.baselines import BaselineSpec
@@ -39,6 +39,7 @@ from captum_llm_ext.targets import (
     check_attr_target,
     output_tokens,
 )
+from captum_llm_ext.two_stage import TwoStageAblation
 
 # Arguments of Captum's methods that this class gives itself.
 RESERVED = {
@@ -51,6 +52,9 @@ RESERVED = {
     "kwargs",
 }
 
+# Methods whose later perturbations depend on the scores of the first ones, and what asks for those.
+STAGED = {TwoStageAblation: FeatureAblation}
+
 InspectForward = Callable[[str, str, list[float]], None]
 
 
@@ -61,8 +65,9 @@ class LLMAttribution(CaptumLLMAttribution):
 
     Args:
         attr_method: `FeatureAblation`, `ShapleyValueSampling`, `ShapleyValues`, `Lime` or
-            `KernelShap` (Captum's classes), made with the model. Lime and KernelShap need
-            scikit-learn (the extra ``lime``) and give the sequence attribution alone.
+            `KernelShap` (Captum's classes) or `TwoStageAblation`, made with the model. Lime and
+            KernelShap need scikit-learn (the extra ``lime``) and give the sequence attribution
+            alone.
         tokenizer: the model's tokenizer.
         attr_target: what is attributed of each target token: "log_prob" (natural logarithm, the
             default), "prob", "logit" or "rank" (minus the number of likelier tokens, so that an
@@ -83,6 +88,12 @@ class LLMAttribution(CaptumLLMAttribution):
         >>> result.token_attr.shape
         torch.Size([1, 1])
     """
+
+    SUPPORTED_METHODS = (*CaptumLLMAttribution.SUPPORTED_METHODS, *STAGED)
+    SUPPORTED_PER_TOKEN_ATTR_METHODS = (
+        *CaptumLLMAttribution.SUPPORTED_PER_TOKEN_ATTR_METHODS,
+        *STAGED,
+    )
 
     def __init__(
         self,
@@ -178,14 +189,16 @@ class LLMAttribution(CaptumLLMAttribution):
             forcing = teacher_forcing(self.model, self.tokenizer, inp, *asked_for)
             tokens = output_tokens(forcing.target.ids, self.tokenizer)
             scorer = prompt_scorer(forcing, reuse_prefix, internal_batch_size)
-            kwargs["perturbations_per_eval"] = perturbations_per_eval
+            staged = type(self.attr_method) in STAGED
+            at_once = inp.n_itp_features if staged else perturbations_per_eval
+            kwargs["perturbations_per_eval"] = at_once
             known: dict[tuple[int, ...], Tensor] = {}
             trials = []
             for _ in range(num_trials):
-                asked = Coalitions(drawn(inp), self.tokenizer, scorer, known)
+                asked = Coalitions(drawn(inp), self.tokenizer, scorer, known, show_progress)
                 if self._repeats_itself():
                     self._collect(asked, kwargs)
-                    asked.score(show_progress)
+                    asked.score()
                 trials.append(self._attribute_once(asked, _inspect_forward, kwargs))
             return self._result(torch.stack(trials).mean(0), inp, tokens)
 
@@ -227,8 +240,8 @@ class LLMAttribution(CaptumLLMAttribution):
     def _collect(self, asked: Coalitions, kwargs: dict[str, Any]) -> None:
         """Let the method run on scores of zero, to learn which perturbations it wants.
 
-        They do not depend on the scores, and the random state is put back, so that it wants the
-        same ones when it runs in earnest.
+        They do not depend on the scores (of a method in stages, the first ones), and the random
+        state is put back, so that it wants the same ones when it runs in earnest.
         """
         width = 1 + len(asked.scorer.target) if self.include_per_token_attr else None
 
@@ -245,6 +258,7 @@ class LLMAttribution(CaptumLLMAttribution):
         """Attributions (1 + n_output or 1, n_features) of one trial."""
 
         def scores(rows: Tensor) -> Tensor:
+            asked.add(rows)  # so that what was not foreseen is scored together
             found = [asked.found(row) for row in rows]
             if inspect is not None:
                 self._inspect(inspect, asked, rows, found)
@@ -262,6 +276,8 @@ class LLMAttribution(CaptumLLMAttribution):
         rehearsal: bool = False,
     ) -> Tensor:
         method = copy(self.attr_method)
+        if rehearsal and type(method) in STAGED:
+            method = STAGED[type(method)](forward)
         method.forward_func = forward
         if rehearsal and isinstance(method, Lime):  # its surrogate must not learn from zeros
             method.interpretable_model = deepcopy(method.interpretable_model)

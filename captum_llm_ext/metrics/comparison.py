@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -43,8 +43,8 @@ class MethodComparison:
 
     Attributes:
         prompts: a row per prompt and method (columns "prompt" and "method"): each measure's value
-            in units of the score, its "… over random" (see `Faithfulness.over_random`), and the
-            wall-clock "seconds" of the attribution.
+            and its "… over random" (see `Faithfulness.over_random`), in units of the score, and
+            the wall-clock "seconds" of the attribution.
         table: a row per method, the most faithful on deletion first; for each measure over random
             the columns "mean", "low" and "high", the ends of the bootstrap confidence interval of
             the mean over prompts; and the mean "seconds".
@@ -52,6 +52,47 @@ class MethodComparison:
 
     prompts: DataFrame
     table: DataFrame
+
+    @classmethod
+    def of(
+        cls,
+        prompts: DataFrame,
+        n_bootstrap: int = 2000,
+        confidence: float = 0.95,
+        generator: torch.Generator | None = None,
+    ) -> MethodComparison:
+        """The comparison of rows per prompt and method, also of several runs put together.
+
+        Args:
+            prompts: as the attribute; names in "prompt" tell the prompts apart.
+            n_bootstrap, confidence, generator: as in `compare_methods`.
+
+        Raises:
+            ValueError: a prompt lacks a method, or has it twice.
+        """
+        from pandas import DataFrame
+
+        _check_bootstrap(n_bootstrap, confidence)
+        n_prompts, n_methods = prompts["prompt"].nunique(), prompts["method"].nunique()
+        if n_prompts * n_methods != len(prompts) or prompts.duplicated(["prompt", "method"]).any():
+            raise ValueError(
+                f"expected a row for each of {n_methods} methods on each of {n_prompts} prompts, "
+                f"got {len(prompts)} rows"
+            )
+        generator = generator or torch.Generator().manual_seed(0)
+        drawn = torch.randint(n_prompts, (n_bootstrap, n_prompts), generator=generator).numpy()
+        tails = [(1 - confidence) / 2, (1 + confidence) / 2]
+        columns: dict[tuple[str, str], Any] = {}
+        for measure in MEASURES:
+            over = prompts.pivot(index="prompt", columns="method", values=f"{measure} over random")
+            ends = np.quantile(over.to_numpy()[drawn].mean(1), tails, axis=0)
+            columns[measure, "mean"] = over.mean()
+            columns[measure, "low"], columns[measure, "high"] = (
+                dict(zip(over.columns, end, strict=True)) for end in ends
+            )
+        columns["seconds", "mean"] = prompts.groupby("method")["seconds"].mean()
+        table = DataFrame(columns).sort_values(("deletion", "mean"), ascending=False)
+        return cls(prompts, table)
 
     def plot(
         self, measures: Sequence[str] = ("deletion", "insertion"), ax: Axes | None = None
@@ -68,7 +109,7 @@ class MethodComparison:
             [str(name) for name in self.table.index],
             {name: self.table[name, "mean"].to_numpy() for name in measures},
             {name: self.table[name][["low", "high"]].to_numpy() for name in measures},
-            "over random order, share of the score difference",
+            "over random order, in units of the score",
             ax,
         )
 
@@ -96,7 +137,8 @@ def compare_methods(
     """Compare attribution methods by deletion, insertion, comprehensiveness and sufficiency.
 
     Every method explains every prompt for the same target, and is judged against the same random
-    orders; each distinct prompt is scored once for all methods.
+    orders; each distinct prompt is scored once for all methods. Means over prompts are of values
+    in units of the score, so give the targets about the same length.
 
     Args:
         model: a causal language model.
@@ -136,9 +178,9 @@ def compare_methods(
     named = _named(methods, baselines)
     removal = Removal(absolute, fractions, n_steps, n_random)
     generator = generator or torch.Generator().manual_seed(0)
-    rows = []
-    pairs = list(enumerate(zip(prompts, _targets(prompts, targets), strict=True)))
-    for number, (prompt, target) in tqdm(pairs, disable=not show_progress):
+    rows: list[dict[str, Any]] = []
+    pairs = list(zip(prompts, _targets(prompts, targets), strict=True))
+    for number, (prompt, target) in enumerate(tqdm(pairs, disable=not show_progress)):
         inp = _as_input(prompt, tokenizer)
         asked = open_coalitions(
             model,
@@ -150,31 +192,33 @@ def compare_methods(
             gen_args=gen_args if target is None else None,
             attr_target=attr_target,
         )
-        attributions, seconds = _attributed(model, tokenizer, inp, asked, named)
-        curves, random = removal.curves(asked, attributions, generator)
-        judged = [Faithfulness(curves[i : i + 1], random) for i in range(len(curves))]
-        rows += [
-            {"prompt": number, "method": name, **_row(one), "seconds": spent}
-            for name, one, spent in zip(named, judged, seconds, strict=True)
-        ]
-    return _compared(rows, n_bootstrap, confidence, generator)
+        judged = _judged(model, tokenizer, inp, asked, named, removal, generator)
+        rows += [{"prompt": number, **row} for row in judged]
+    import pandas
+
+    return MethodComparison.of(pandas.DataFrame(rows), n_bootstrap, confidence, generator)
 
 
-def _attributed(
+def _judged(
     model: nn.Module,
     tokenizer: Any,
     inp: InterpretableInput,
     asked: Coalitions,
     methods: Mapping[str, Attribute],
-) -> tuple[list[Tensor], list[float]]:
-    """Each method's attribution (n_features,) and its seconds."""
+    removal: Removal,
+    generator: torch.Generator,
+) -> Iterator[dict[str, Any]]:
+    """A row of each method: its measures and its seconds."""
     attributions, seconds = [], []
     for method in methods.values():
         start = time.perf_counter()
         result = method(model, tokenizer, inp, asked.scorer.target.ids.clone())
         seconds.append(time.perf_counter() - start)
         attributions.append(feature_attr(result, asked))
-    return attributions, seconds
+    curves, random = removal.curves(asked, attributions, generator)
+    for i, name in enumerate(methods):
+        judged = Faithfulness(curves[i : i + 1], random)
+        yield {"method": name, **_row(judged), "seconds": seconds[i]}
 
 
 def _named(
@@ -235,27 +279,6 @@ def _targets(
 def _row(judged: Faithfulness) -> dict[str, float]:
     over = {f"{name} over random": value for name, value in judged.over_random().items()}
     return {name: one["value"] for name, one in judged.summary().items()} | over
-
-
-def _compared(
-    rows: list[dict[str, Any]], n_bootstrap: int, confidence: float, generator: torch.Generator
-) -> MethodComparison:
-    import pandas
-
-    prompts = pandas.DataFrame(rows)
-    n_prompts = prompts["prompt"].nunique()
-    drawn = torch.randint(n_prompts, (n_bootstrap, n_prompts), generator=generator).numpy()
-    table: dict[tuple[str, str], Any] = {}
-    for measure in MEASURES:
-        by_method = prompts.pivot(index="prompt", columns="method", values=f"{measure} over random")
-        means = by_method.to_numpy()[drawn].mean(1)  # (n_bootstrap, n_methods)
-        low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
-        values = {"mean": by_method.mean(), "low": low, "high": high}
-        for name, column in values.items():
-            table[measure, name] = pandas.Series(column, index=by_method.columns)
-    table["seconds", "mean"] = prompts.groupby("method")["seconds"].mean()
-    frame = pandas.DataFrame(table).sort_values(("deletion", "mean"), ascending=False)
-    return MethodComparison(prompts, frame)
 
 
 def _check_for_pandas() -> None:

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_SMALLEST_SPAN = 1e-3  # score difference, as for the relative convergence delta
-
 
 @dataclass(frozen=True)
 class Faithfulness:
@@ -61,17 +59,15 @@ class Faithfulness:
         return float(self.curves.deletion[0, 0] - self.curves.insertion[0, 0])
 
     def over_random(self) -> dict[str, float]:
-        """What each measure has over random order's mean, as a share of `score_difference`.
+        """What each measure has over random order's mean, in units of the score.
 
-        The share is of its absolute value, at least 0.001. 0 is no better than random order; above
-        0 is better, for sufficiency too, whose sign is turned.
+        0 is no better than random order; above 0 is better, for sufficiency too, whose sign is
+        turned.
         """
-        span = max(abs(self.score_difference), _SMALLEST_SPAN)
         own, random = self.curves.measures(), self.random.measures()
         signs = {"sufficiency": -1.0}
         return {
-            name: signs.get(name, 1.0) * float(own[name] - random[name].mean()) / span
-            for name in MEASURES
+            name: signs.get(name, 1.0) * float(own[name] - random[name].mean()) for name in MEASURES
         }
 
     def summary(self) -> dict[str, dict[str, float]]:
@@ -178,9 +174,10 @@ def faithfulness(
         baselines,
         reuse_prefix,
         internal_batch_size,
+        show_progress,
         attr_target=attr_target,
         contrast_target=contrast_target,
     )
     generator = generator or torch.Generator().manual_seed(0)
     attr = feature_attr(result, asked)
-    return Faithfulness(*removal.curves(asked, [attr], generator, show_progress))
+    return Faithfulness(*removal.curves(asked, [attr], generator))

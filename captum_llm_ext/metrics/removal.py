@@ -43,7 +43,6 @@ class Removal:
         asked: Coalitions,
         attributions: Sequence[Tensor],
         generator: torch.Generator,
-        show_progress: bool = False,
     ) -> tuple[RemovalCurves, RemovalCurves]:
         """The curves of attributions, each (n_features,), and those of random orders."""
         own = torch.stack([order_of(attr, self.absolute) for attr in attributions])
@@ -52,7 +51,7 @@ class Removal:
         counts = removal_counts(n_features, self.n_steps, self.fractions)
         rows = removal_rows(orders, counts)
         with no_gradients():
-            scores = _scored(asked, rows.flatten(0, 2), show_progress)
+            scores = scored(asked, rows.flatten(0, 2))
         deletion, insertion = scores.view(rows.shape[:3])
         both = RemovalCurves(counts, deletion, insertion, tuple(self.fractions))
         return both[: len(own)], both[len(own) :]
@@ -82,6 +81,7 @@ def open_coalitions(
     baselines: BaselineSpec = None,
     reuse_prefix: bool = True,
     rows: int | None = None,
+    show_progress: bool = False,
     **asked_for: Any,
 ) -> Coalitions:
     """What scores the input with any of its features absent; a callable baseline is drawn once."""
@@ -92,7 +92,8 @@ def open_coalitions(
         warn_of_dropout(model)
         fixed = drawn(with_baselines(inp, baselines, model))
         forcing = teacher_forcing(model, tokenizer, fixed, target, **asked_for)
-        return Coalitions(fixed, tokenizer, prompt_scorer(forcing, reuse_prefix, rows), {})
+        scorer = prompt_scorer(forcing, reuse_prefix, rows)
+        return Coalitions(fixed, tokenizer, scorer, show_progress=show_progress)
 
 
 def feature_attr(result: CaptumLLMAttributionResult, asked: Coalitions) -> Tensor:
@@ -121,10 +122,10 @@ def no_gradients() -> Iterator[None]:
         yield
 
 
-def _scored(asked: Coalitions, rows: Tensor, show_progress: bool) -> Tensor:
+def scored(asked: Coalitions, rows: Tensor) -> Tensor:
     """(n_rows,) sequence scores, every distinct prompt scored once."""
     asked.add(rows)
-    asked.score(show_progress)
+    asked.score()
     return torch.stack([asked.found(row)[0, 0].cpu() for row in rows]).double()
 
 
