@@ -87,7 +87,8 @@ def explain(
             gradients), "gradxact" (gradient x activation), "gradshap" (gradient SHAP) or
             "conductance" (of layers, along the path of the embeddings); by
             perturbation, "ablation", "two_stage" (ablation in two contexts), "shapley",
-            "shapley_sampling", "lime" or "kernelshap"; or "attention", the attention weights (with `heads` and `reduction`).
+            "shapley_sampling", "lime" or "kernelshap"; or "attention", the attention weights (with
+            `heads` and `reduction`).
         layers: for the methods with gradients and "attention", a module, a name, a pattern such as
             ``"model.layers.*.mlp"``, or a list of these. Default: the input embeddings; for
             "attention", every layer that has it.
