@@ -26,11 +26,6 @@ BAR = 1.3
 RUNS: dict[str, dict[str, Any]] = {
     "20 steps, every target token": {"n_steps": 20},
     "20 steps, the sequence alone": {"n_steps": 20, "include_per_token_attr": False},
-    "adaptive, the sequence alone": {
-        "method": "adaptive",
-        "baselines": "mean",
-        "include_per_token_attr": False,
-    },
 }
 
 
