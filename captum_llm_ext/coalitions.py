@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from captum_llm_ext.adapter import prompt_in
 from captum_llm_ext.checks import check_context
 from captum_llm_ext.compat import InterpretableInput
 from captum_llm_ext.inputs import prompt_ids
@@ -47,7 +48,9 @@ class Coalitions:
         if not new:
             return
         longest = max(new.values(), key=len)
-        check_context(replace(self.scorer.forcing, prompt_ids=longest[None]))
+        forcing = self.scorer.forcing
+        prompt = prompt_in(forcing.model, longest)
+        check_context(replace(forcing, prompt_ids=prompt[None]))
         with tqdm(total=len(new), disable=not show_progress, desc="prompts") as bar:
             self.scorer.advance = bar.update
             self.known.update(zip(new, self.scorer.scores(list(new.values())), strict=True))

@@ -39,12 +39,9 @@ from captum_llm_ext.quantized import quietly
 from captum_llm_ext.result import LLMAttributionResult
 from captum_llm_ext.targets import (
     PERTURBATION_TARGETS,
-    Target,
     check_attr_target,
-    contrast_ids,
-    output_tokens,
-    target_ids,
 )
+from captum_llm_ext.tasks import Request, task_of
 
 # Arguments of Captum's methods that this class gives itself.
 RESERVED = {
@@ -181,8 +178,8 @@ class LLMAttribution(CaptumLLMAttribution):
                 check_template(inp)
             inp = with_baselines(inp, baselines, self.model)
             forcing = self._teacher_forcing(inp, target, gen_args, contrast_target)
-            tokens = output_tokens(forcing.target.ids, self.tokenizer)
-            probe = probed(forcing, use_cache=reuse_prefix and keeps_cache(self.model))
+            tokens = task_of(self.model).names(forcing, self.tokenizer)
+            probe = probed(forcing, use_cache=reuse_prefix and keeps_cache(forcing.model))
             causal = check_causal(forcing, probe, product=False)
             scorer = PromptScorer(forcing, probe, causal, internal_batch_size)
             kwargs["perturbations_per_eval"] = perturbations_per_eval
@@ -235,13 +232,8 @@ class LLMAttribution(CaptumLLMAttribution):
     ) -> TeacherForcing:
         device = input_device(self.model, self.device)
         prompt = prompt_ids(inp, None, self.tokenizer, device)
-        model_inputs = {"input_ids": prompt[None]}
-        ids = target_ids(self.model, self.tokenizer, model_inputs, target, gen_args)
-        ids = ids.to(prompt.device, copy=True)
-        contrast = contrast_ids(self.tokenizer, contrast_target, len(ids))
-        contrast = None if contrast is None else contrast.to(prompt.device, copy=True)
-        asked = Target(ids, self.attr_target, contrast)
-        forcing = TeacherForcing(self.model, prompt[None], asked)
+        request = Request(target, gen_args, contrast_target, self.attr_target)
+        forcing = task_of(self.model).forcing(self.model, self.tokenizer, prompt[None], request)
         check_ids(forcing)
         check_context(forcing)
         return forcing

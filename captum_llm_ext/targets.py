@@ -32,6 +32,11 @@ class Target:
         return len(self.ids)
 
     @property
+    def fed(self) -> Tensor:
+        """The ids that the model is fed to score all of them: all but the last."""
+        return self.ids[:-1]
+
+    @property
     def is_additive(self) -> bool:
         """Whether the sequence score is the sum of the token scores."""
         return self.attr_target != "prob"
@@ -80,10 +85,16 @@ def target_ids(
     model_inputs: Mapping[str, Any],
     target: str | Tensor | Sequence[int] | None,
     gen_args: Mapping[str, Any] | None,
+    n_given: int | None = None,
 ) -> Tensor:
-    """The token ids (n_output,) of a target that is given, or that the model generates."""
+    """The token ids (n_output,) of a target that is given, or that the model generates.
+
+    n_given: how many ids precede the generated ones in what the model generates; default: the
+    prompt's.
+    """
     if target is None:
-        return _checked(_generate(model, model_inputs, gen_args), "the model generated no token")
+        generated = _generate(model, model_inputs, gen_args, n_given)
+        return _checked(generated, "the model generated no token")
     if gen_args is not None:
         raise ValueError("gen_args is only for a generated target; got gen_args and a target")
     return encode_target(tokenizer, target)
@@ -132,7 +143,10 @@ def output_tokens(ids: Tensor, tokenizer: Any) -> list[str]:
 
 
 def _generate(
-    model: nn.Module, model_inputs: Mapping[str, Any], gen_args: Mapping[str, Any] | None
+    model: nn.Module,
+    model_inputs: Mapping[str, Any],
+    gen_args: Mapping[str, Any] | None,
+    n_given: int | None,
 ) -> Tensor:
     generate = getattr(model, "generate", None)
     if not callable(generate):
@@ -144,7 +158,7 @@ def _generate(
     with torch.no_grad():
         output = generate(**mask, **(gen_args or DEFAULT_GEN_ARGS))
     sequences = output if isinstance(output, Tensor) else output.sequences
-    return sequences[0, ids.size(1) :]
+    return sequences[0, ids.size(1) if n_given is None else n_given :]
 
 
 def _checked(ids: Tensor, problem: str) -> Tensor:

@@ -40,6 +40,10 @@ class Features:
             raise ValueError("the values of the input are all empty: there is nothing to attribute")
         return int(places.min())
 
+    def of_prompt(self, prompt_ids: Tensor) -> Features:
+        """The same for a prompt (1, n) that goes on with ids that belong to no feature."""
+        return replace(self, prompt_ids=prompt_ids, value_of=self.value_at(prompt_ids.size(1)))
+
     def value_at(self, length: int) -> Tensor:
         """The value of each of `length` positions."""
         padded = self.value_of.new_full((length,), -1)
