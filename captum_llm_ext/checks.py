@@ -20,8 +20,7 @@ from captum_llm_ext.quantized import quantized_layers, quantizes_activations
 def check_ids(forcing: TeacherForcing) -> None:
     """Refuse token ids that the model has no embedding for."""
     size = getattr(known_token_embedding(forcing.model), "num_embeddings", None)
-    contrast = forcing.target.contrast
-    ids = [forcing.prompt_ids[0], forcing.target.ids, *([] if contrast is None else [contrast])]
+    ids = [forcing.prompt_ids[0], *forcing.target.vocabulary_ids]
     wrong = [int(i) for i in torch.cat(ids) if i < 0 or (size is not None and i >= size)]
     if wrong:
         raise ValueError(

@@ -130,3 +130,15 @@ def _embedded_as(embeddings: TokenEmbeddings, ids: Tensor, embedded: Tensor) -> 
 def _halves(model: Any) -> tuple[nn.Module, nn.Module]:
     """The token embeddings of encoder and decoder, one module or two."""
     return token_embedding(model.get_encoder()), token_embedding(model.get_decoder())
+
+
+def decoder_start(model: nn.Module) -> int:
+    """The id that the decoder starts with, of the model's configuration."""
+    for name in ("config", "generation_config"):
+        start = getattr(getattr(model, name, None), "decoder_start_token_id", None)
+        if isinstance(start, int):
+            return start
+    raise ValueError(
+        f"{type(model).__name__} does not say which token its decoder starts with: set "
+        "model.config.decoder_start_token_id (of T5 it is the pad token, of BART the eos token)"
+    )

@@ -142,7 +142,7 @@ class TeacherForcing:
         n_output = len(self.target)
         if not causal:
             return _even_spans(n_output, n_output)
-        if not (per_token and divide and self.target.is_additive):
+        if not (per_token and divide and self.target.is_additive and len(self.target.fed)):
             return [TargetSpan(0, n_output)]
         counts = range(1, min(n_output, 8) + 1)
         return min((_even_spans(n_output, n) for n in counts), key=lambda s: self._cost(s, rows))

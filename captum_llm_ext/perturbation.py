@@ -32,7 +32,6 @@ from captum_llm_ext.compat import (
 )
 from captum_llm_ext.inputs import check_template, drawn, prompt_ids, with_baselines
 from captum_llm_ext.model_parts import input_device
-from captum_llm_ext.model_pass import TeacherForcing
 from captum_llm_ext.prefix_cache import keeps_cache
 from captum_llm_ext.prompts import PromptScorer
 from captum_llm_ext.quantized import quietly
@@ -177,8 +176,12 @@ class LLMAttribution(CaptumLLMAttribution):
             if isinstance(inp, CaptumTextTemplateInput):
                 check_template(inp)
             inp = with_baselines(inp, baselines, self.model)
-            forcing = self._teacher_forcing(inp, target, gen_args, contrast_target)
-            tokens = task_of(self.model).names(forcing, self.tokenizer)
+            task, prompt = task_of(self.model), self._prompt_ids(inp)
+            request = Request(target, gen_args, contrast_target, self.attr_target)
+            forcing = task.forcing(self.model, self.tokenizer, prompt, request)
+            check_ids(forcing)
+            check_context(forcing)
+            tokens = task.names(forcing, self.tokenizer)
             probe = probed(forcing, use_cache=reuse_prefix and keeps_cache(forcing.model))
             causal = check_causal(forcing, probe, product=False)
             scorer = PromptScorer(forcing, probe, causal, internal_batch_size)
@@ -186,7 +189,8 @@ class LLMAttribution(CaptumLLMAttribution):
             known: dict[tuple[int, ...], Tensor] = {}
             trials = []
             for _ in range(num_trials):
-                asked = Coalitions(drawn(inp), self.tokenizer, scorer, known)
+                perturbed = task.perturbed(drawn(inp), self.tokenizer)
+                asked = Coalitions(perturbed, self.tokenizer, scorer, known)
                 if self._repeats_itself():
                     self._collect(asked, kwargs)
                     asked.score(show_progress)
@@ -223,20 +227,10 @@ class LLMAttribution(CaptumLLMAttribution):
         if isinstance(self.attr_method, KernelShap) and inp.n_itp_features < 2:
             raise ValueError(f"{name} needs at least 2 features, got {inp.n_itp_features}")
 
-    def _teacher_forcing(
-        self,
-        inp: InterpretableInput,
-        target: str | Tensor | None,
-        gen_args: dict[str, Any] | None,
-        contrast_target: str | Tensor | None,
-    ) -> TeacherForcing:
+    def _prompt_ids(self, inp: InterpretableInput) -> Tensor:
+        """The ids (1, n_prompt) of the unperturbed prompt."""
         device = input_device(self.model, self.device)
-        prompt = prompt_ids(inp, None, self.tokenizer, device)
-        request = Request(target, gen_args, contrast_target, self.attr_target)
-        forcing = task_of(self.model).forcing(self.model, self.tokenizer, prompt[None], request)
-        check_ids(forcing)
-        check_context(forcing)
-        return forcing
+        return prompt_ids(inp, None, self.tokenizer, device)[None]
 
     def _repeats_itself(self) -> bool:
         """Whether the method draws from the global random state alone, and so can run twice."""

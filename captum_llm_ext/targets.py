@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,20 +21,28 @@ class Target:
     """Target tokens and what is attributed of them.
 
     ids: (n_output,) token ids; contrast: (n_output,) token ids to compare with, or None;
-    attr_target: "log_prob", "prob", "logit", or "rank" (minus how many tokens are likelier).
+    attr_target: "log_prob", "prob", "logit", or "rank" (minus how many tokens are likelier);
+    of_positions: the ids are positions of the prompt, and the logits are over these.
     """
 
     ids: Tensor
     attr_target: str = "log_prob"
     contrast: Tensor | None = None
+    of_positions: bool = False
 
     def __len__(self) -> int:
         return len(self.ids)
 
     @property
     def fed(self) -> Tensor:
-        """The ids that the model is fed to score all of them: all but the last."""
-        return self.ids[:-1]
+        """The ids that the model is fed to score all of them: all but the last, or none."""
+        return self.ids[:0] if self.of_positions else self.ids[:-1]
+
+    @property
+    def vocabulary_ids(self) -> list[Tensor]:
+        """The ids that the model's vocabulary is to have."""
+        given = [] if self.of_positions else [self.ids, self.contrast]
+        return [ids for ids in given if ids is not None]
 
     @property
     def is_additive(self) -> bool:
@@ -43,7 +51,7 @@ class Target:
 
     def as_log_prob(self) -> Target:
         """The same tokens, scored by their log probability."""
-        return Target(self.ids)
+        return replace(self, attr_target="log_prob", contrast=None)
 
     def token_scores(self, logits: Tensor, start: int, stop: int) -> Tensor:
         """Scores (rows, stop - start) of target tokens start…stop-1 from their logits."""
