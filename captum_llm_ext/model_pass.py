@@ -266,7 +266,13 @@ def read_logits(output: Any) -> Tensor:
         raise ValueError(
             f"expected the model to return an object with .logits, got {type(output).__name__}"
         )
-    return logits[:, 0] if logits.dim() == 4 else logits  # Llama4: (rows, 1, length, vocabulary)
+    logits = logits[:, 0] if logits.dim() == 4 else logits  # Llama4: (rows, 1, length, vocabulary)
+    if logits.dim() != 3:
+        raise ValueError(
+            "expected logits (rows, length, vocabulary), as of a causal or an encoder-decoder "
+            f"language model; got the shape {tuple(logits.shape)}"
+        )
+    return logits
 
 
 def tokens_per_pass(device: torch.device) -> int:

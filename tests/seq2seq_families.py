@@ -79,7 +79,11 @@ def tiny_seq2seq(family: str) -> nn.Module:
 def fresh_seq2seq(family: str) -> nn.Module:
     kind, settings = CONFIGS[family]
     config = getattr(transformers, kind)(**settings)
-    return _randomise(transformers.AutoModelForSeq2SeqLM.from_config(config))
+    model = transformers.AutoModelForSeq2SeqLM.from_config(config)
+    fixed = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
+    _randomise(model)
+    model.load_state_dict(fixed, strict=False)  # sinusoids, which are not saved with a model
+    return model
 
 
 def log_p(model: Any, encoder_ids: Tensor, decoder_ids: Tensor, token: int) -> Tensor:
