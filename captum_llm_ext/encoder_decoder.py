@@ -50,11 +50,13 @@ class EncoderDecoder(Adapter):
     def context(self, n_prompt: int, n_fed: int) -> int:
         return max(n_prompt - 1, 1 + n_fed)
 
-    def forward(self, ids: Tensor) -> Any:
+    def forward(self, ids: Tensor, output_attentions: bool = False) -> Any:
         encoder_ids, decoder_ids = self.embeddings.split(ids)
         # Embedded here, in one module, so that both halves are read and replaced as one layer.
         with _embedded_as(self.embeddings, ids, self.embeddings(ids)):
-            return self._run(encoder_ids, torch.ones_like(encoder_ids), decoder_ids)
+            mask = torch.ones_like(encoder_ids)
+            options = {"output_attentions": True} if output_attentions else {}
+            return self._run(encoder_ids, mask, decoder_ids, **options)
 
     def logits_after(self, prompts: Sequence[Tensor], fed: Tensor) -> Tensor:
         """The encoder's ids are padded on the right, and masked, since every position looks."""
@@ -65,12 +67,13 @@ class EncoderDecoder(Adapter):
         logits: Tensor = self._run(ids, mask, decoder_ids).logits
         return logits
 
-    def _run(self, encoder_ids: Tensor, mask: Tensor, decoder_ids: Tensor) -> Any:
+    def _run(self, encoder_ids: Tensor, mask: Tensor, decoder_ids: Tensor, **options: Any) -> Any:
         return self.model(
             input_ids=encoder_ids,
             attention_mask=mask,
             decoder_input_ids=decoder_ids,
             use_cache=False,
+            **options,
         )
 
 

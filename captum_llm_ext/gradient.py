@@ -65,7 +65,9 @@ LAYER_MODES = ("independent", "joint")
 class LLMGradientAttribution(CaptumLLMGradientAttribution):
     """Gradient attribution of language models, in one pass and over any set of layers.
 
-    A drop-in replacement for ``captum.attr.LLMGradientAttribution``.
+    A drop-in replacement for ``captum.attr.LLMGradientAttribution``. The model may also be an
+    encoder-decoder model, whose encoder reads the prompt, or a question answering model, whose
+    output tokens are the start and the end of an answer (see `qa_input`).
 
     Args:
         attr_method: `LayerIntegratedGradients`, `LayerGradientXActivation`, `LayerGradientShap`
@@ -137,7 +139,9 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
                 the baseline's embeddings, and where it is empty at `baselines` ("mean"). A token
                 that straddles a border belongs to the value that it mostly covers.
             target: a string (encoded without special tokens), a 1-D tensor of token ids, or None
-                to let the model generate it.
+                to let the model generate it. Of a question answering model: an answer, of which
+                the first place in the context counts, the positions (start, end) of its tokens in
+                the prompt, or None for the likeliest span of the context.
             gen_args: arguments of ``model.generate`` when `target` is None. Default: greedy, 25
                 new tokens.
             include_per_token_attr: False computes the sequence attribution alone, with one
@@ -151,7 +155,9 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
             layer_mode: of several layers, "independent" (each as if it were alone) or "joint" (all
                 move along the path together).
             include_generated: earlier target tokens are features too: n_input + n_output columns,
-                zero from the target token itself on. The baseline then replaces them as well.
+                zero from the target token itself on. The baseline then replaces them as well. Of
+                an encoder-decoder model these are the decoder's positions, but for its start
+                token; its decoder's layers hold no other features.
             include_hidden_attr: keep the attribution before it is summed over hidden units (of
                 LayerSaliency: the gradient), (n_output, n_input, hidden).
             contrast_target: attribute score(target) − score(contrast) instead, at the same places

@@ -59,7 +59,10 @@ InspectForward = Callable[[str, str, list[float]], None]
 class LLMAttribution(CaptumLLMAttribution):
     """Perturbation attribution of language models, right on transformers 5 and in batches.
 
-    A drop-in replacement for ``captum.attr.LLMAttribution``.
+    A drop-in replacement for ``captum.attr.LLMAttribution``. The model may also be an
+    encoder-decoder model, or a question answering model; of the latter an absent part keeps its
+    places, with as many tokens of its baseline or else mask tokens in them, so that the answer's
+    positions stay.
 
     Args:
         attr_method: `FeatureAblation`, `ShapleyValueSampling`, `ShapleyValues`, `Lime` or
@@ -121,7 +124,9 @@ class LLMAttribution(CaptumLLMAttribution):
         Args:
             inp: a `TextTokenInput`, `TextTemplateInput` or `ImageMaskInput`.
             target: a string (encoded without special tokens), a 1-D tensor of token ids, or None
-                to let the model generate it.
+                to let the model generate it. Of a question answering model: an answer, of which
+                the first place in the context counts, the positions (start, end) of its tokens in
+                the prompt, or None for the likeliest span of the context.
             num_trials: average over so many trials; a callable baseline is drawn once in each.
             gen_args: arguments of ``model.generate`` when `target` is None. Default: greedy, 25
                 new tokens.

@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from tests.families import VOCAB_SIZE, _randomise
+from tests.families import VOCAB_SIZE, _randomise, tiny_tokenizer
 
 _BART = {
     "vocab_size": VOCAB_SIZE,
@@ -84,6 +84,14 @@ def fresh_seq2seq(family: str) -> nn.Module:
     _randomise(model)
     model.load_state_dict(fixed, strict=False)  # sinusoids, which are not saved with a model
     return model
+
+
+def target_of(count: int) -> Tensor:
+    """The first `count` token ids of a target, up to as many as the prompt's and more."""
+    text = " plays golf, hiking with friends in Palm Coast"
+    ids = tiny_tokenizer().encode(text, add_special_tokens=False)
+    assert count <= len(ids)
+    return torch.tensor(ids[:count])
 
 
 def log_p(model: Any, encoder_ids: Tensor, decoder_ids: Tensor, token: int) -> Tensor:

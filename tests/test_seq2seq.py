@@ -19,7 +19,7 @@ from captum_llm_ext import (
     TextTokenInput,
     segment_input,
 )
-from tests.cases import BASELINE, METHODS, STEPS, assert_close, our_attribution, target_ids
+from tests.cases import BASELINE, METHODS, STEPS, assert_close, our_attribution
 from tests.families import PROMPT, tiny_tokenizer
 from tests.seq2seq_families import (
     FAMILIES,
@@ -29,6 +29,7 @@ from tests.seq2seq_families import (
     log_p,
     loop,
     loop_with_generated,
+    target_of,
     tiny_seq2seq,
 )
 
@@ -57,7 +58,7 @@ def captums(method: str, family: str, kind: str, target: Tensor) -> Tensor:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_equals_captum(family: str, method: str, kind: str, count: int) -> None:
-    target = target_ids(count)
+    target = target_of(count)
     expected = captums(method, family, kind, target)
     model = tiny_seq2seq(family)
     layer = model.get_submodule(LAYERS[family][kind])
@@ -80,7 +81,7 @@ def test_shared_token_embedding(family: str, name: str) -> None:
         model.set_input_embeddings(model.get_input_embeddings())
         halves = model.get_encoder(), model.get_decoder()
         assert halves[0].get_input_embeddings() is halves[1].get_input_embeddings()
-    target = target_ids(3)
+    target = target_of(3)
     expected = captums("integrated_gradients", family, "embedding", target)
     layer = "*shared" if name == "shared" and family != "marian" else model.get_input_embeddings()
     result = our_attribution(LayerIntegratedGradients, model, layer, prompt(), target=target)
@@ -90,7 +91,7 @@ def test_shared_token_embedding(family: str, name: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method", METHODS)
 def test_generated_tokens_at_the_embeddings(family: str, method: str) -> None:
-    model, target, inp = tiny_seq2seq(family), target_ids(4), prompt()
+    model, target, inp = tiny_seq2seq(family), target_of(4), prompt()
     layers = [model.get_submodule(LAYERS[family][k]) for k in ("embedding", "decoder_embedding")]
     name = METHODS[method].__name__
     how = {"n_steps": STEPS} if method == "integrated_gradients" else {}
@@ -111,7 +112,7 @@ def test_generated_tokens_at_the_embeddings(family: str, method: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("count", [4, N_PROMPT])
 def test_generated_tokens_at_a_layer_of_either_half(family: str, kind: str, count: int) -> None:
-    model, target, inp = tiny_seq2seq(family), target_ids(count), prompt()
+    model, target, inp = tiny_seq2seq(family), target_of(count), prompt()
     layer = model.get_submodule(LAYERS[family][kind])
     pair = [None, layer] if kind.startswith("decoder") else [layer, None]
     how = {"n_steps": STEPS}
@@ -126,7 +127,7 @@ def test_generated_tokens_at_a_layer_of_either_half(family: str, kind: str, coun
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_layers_of_both_halves_in_one_call(family: str) -> None:
-    model, inp, target = tiny_seq2seq(family), prompt(), target_ids(3)
+    model, inp, target = tiny_seq2seq(family), prompt(), target_of(3)
     names = [LAYERS[family][kind] for kind in ("embedding", "encoder_mlp", "decoder_mlp")]
     how = {"target": target, "include_generated": True}
     result = our_attribution(LayerIntegratedGradients, model, names, inp, **how)
@@ -138,7 +139,7 @@ def test_layers_of_both_halves_in_one_call(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradient_norms(family: str) -> None:
-    model, inp, target = tiny_seq2seq(family), prompt(), target_ids(3)
+    model, inp, target = tiny_seq2seq(family), prompt(), target_of(3)
     result = our_attribution(
         lambda m, layer: LayerSaliency(m, layer, norm="l2"),
         model,
@@ -164,7 +165,7 @@ def test_gradient_norms(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("generated", [False, True])
 def test_sums_match_the_score_difference(family: str, generated: bool) -> None:
-    model, inp, target = tiny_seq2seq(family), prompt(), target_ids(3)
+    model, inp, target = tiny_seq2seq(family), prompt(), target_of(3)
     wrapper = LLMGradientAttribution(
         LayerIntegratedGradients(model, model.get_input_embeddings()), tiny_tokenizer()
     )
@@ -194,7 +195,7 @@ def test_one_pass_gives_every_target_token(family: str) -> None:
         model,
         model.get_input_embeddings(),
         prompt(),
-        target=target_ids(7),
+        target=target_of(7),
     )
     hook.remove()
     assert len(passes) <= 4  # the probe's two, the trace and the pass
@@ -228,7 +229,7 @@ def test_other_scores(family: str, attr_target: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ablation_equals_captum(family: str) -> None:
-    model, inp, target = tiny_seq2seq(family), prompt(), target_ids(4)
+    model, inp, target = tiny_seq2seq(family), prompt(), target_of(4)
     result = LLMAttribution(captum.attr.FeatureAblation(model), tiny_tokenizer()).attribute(
         inp, target=target
     )
@@ -253,7 +254,7 @@ SENTENCES = "Dave plays golf. The capital of France is Paris. He lives in Palm C
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ablation_of_parts_of_other_lengths(family: str) -> None:
     """The batch pads the encoder's ids, which all its positions would see without a mask."""
-    model, target, tokenizer = tiny_seq2seq(family), target_ids(3), tiny_tokenizer()
+    model, target, tokenizer = tiny_seq2seq(family), target_of(3), tiny_tokenizer()
     inp: Any = segment_input(SENTENCES)
     result = LLMAttribution(captum.attr.FeatureAblation(model), tokenizer).attribute(inp, target)
 
@@ -274,7 +275,7 @@ def test_ablation_of_parts_of_other_lengths(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_integrated_gradients_of_parts(family: str) -> None:
     """A part's column is the sum over its tokens; the path starts at the mean embedding."""
-    model, target, tokenizer = tiny_seq2seq(family), target_ids(2), tiny_tokenizer()
+    model, target, tokenizer = tiny_seq2seq(family), target_of(2), tiny_tokenizer()
     inp: Any = segment_input(SENTENCES)
     layer: Any = model.get_submodule(LAYERS[family]["embedding"])
     result = our_attribution(LayerIntegratedGradients, model, layer, inp, target=target)
@@ -345,7 +346,7 @@ def test_a_layer_of_the_decoder_has_no_prompt_tokens(family: str) -> None:
     layer = LAYERS[family]["decoder_mlp"]
     with pytest.raises(ValueError, match="include_generated=True"):
         our_attribution(
-            LayerIntegratedGradients, tiny_seq2seq(family), layer, prompt(), target=target_ids(3)
+            LayerIntegratedGradients, tiny_seq2seq(family), layer, prompt(), target=target_of(3)
         )
 
 
