@@ -17,7 +17,13 @@ from captum.attr import (
 from captum_llm_ext.attention import LLMAttentionAttribution
 from captum_llm_ext.explain import explain
 from captum_llm_ext.gradient import LLMGradientAttribution
-from captum_llm_ext.inputs import TextTemplateInput, TextTokenInput, chat_input, segment_input
+from captum_llm_ext.inputs import (
+    TextTemplateInput,
+    TextTokenInput,
+    chat_input,
+    qa_input,
+    segment_input,
+)
 from captum_llm_ext.layers import find_layers
 from captum_llm_ext.methods import LayerSaliency
 from captum_llm_ext.metrics import compare_methods, faithfulness
@@ -61,5 +67,6 @@ __all__ = [
     "find_layers",
     "load_demo_model",
     "load_model",
+    "qa_input",
     "segment_input",
 ]

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 
+from captum_llm_ext.adapter import context_length
 from captum_llm_ext.hooks import embedding_leaves, evaluating, reading
 from captum_llm_ext.layers import Site, decoder_blocks
 from captum_llm_ext.model_parts import known_token_embedding
@@ -19,8 +20,7 @@ from captum_llm_ext.quantized import quantized_layers, quantizes_activations
 def check_ids(forcing: TeacherForcing) -> None:
     """Refuse token ids that the model has no embedding for."""
     size = getattr(known_token_embedding(forcing.model), "num_embeddings", None)
-    contrast = forcing.target.contrast
-    ids = [forcing.prompt_ids[0], forcing.target.ids, *([] if contrast is None else [contrast])]
+    ids = [forcing.prompt_ids[0], *forcing.target.vocabulary_ids]
     wrong = [int(i) for i in torch.cat(ids) if i < 0 or (size is not None and i >= size)]
     if wrong:
         raise ValueError(
@@ -34,7 +34,7 @@ def check_context(forcing: TeacherForcing) -> None:
     config = getattr(forcing.model, "config", None)
     text_config = getattr(config, "get_text_config", lambda: config)()
     limit = getattr(text_config, "max_position_embeddings", None)
-    length = forcing.ids.size(1)
+    length = context_length(forcing.model, forcing.n_prompt, len(forcing.target.fed))
     if isinstance(limit, int) and 0 < limit < length:
         raise ValueError(
             f"the prompt ({forcing.n_prompt} tokens) and target ({len(forcing.target)}) are longer "

@@ -19,6 +19,7 @@ from captum_llm_ext.display.tokens import readable_token, short_layer_names
 from captum_llm_ext.explain import METHODS, PERTURBATION_METHODS, READOUT_METHODS, explain
 from captum_llm_ext.models import load_demo_model, load_model
 from captum_llm_ext.result import LLMAttributionResult, LLMLayerAttributionResult
+from captum_llm_ext.tasks import CAUSAL, TASKS
 
 USER_ERRORS = (ValueError, TypeError, OSError, ImportError)
 PICTURE_DPI = 100
@@ -33,6 +34,8 @@ examples:
   captum-llm-ext "Name a fruit." --chat --max-new-tokens 5
   captum-llm-ext "The capital of France is" --layers "model.layers.*.mlp" q_proj --out layers.png
   captum-llm-ext "The capital of France is" --model path/to/model --sequence-only
+  captum-llm-ext "Das Haus ist alt." --model path/to/translator --method ig --adaptive
+  captum-llm-ext "Who plays golf?" --context "Dave plays golf." --model path/to/qa-model
 """
 
 
@@ -63,8 +66,17 @@ def _add_model_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--model",
         metavar="NAME",
-        help="folder or name of a causal language model (default: a small demo model, 98 MB, "
-        "fetched once)",
+        help="folder or name of a causal language model, an encoder-decoder model or a question "
+        "answering model (default: a small demo model, 98 MB, fetched once)",
+    )
+    group.add_argument(
+        "--task",
+        choices=TASKS,
+        help="causal: the prompt goes on; seq2seq: it is translated or summarised; qa: an answer "
+        "is found in the context (default: what the model was saved as)",
+    )
+    group.add_argument(
+        "--context", metavar="TEXT", help="of qa: the text that holds the answer to the prompt"
     )
     group.add_argument(
         "--target",
@@ -200,7 +212,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> None:
     options = _attribute_options(arguments)
-    model, tokenizer = load_model(arguments.model) if arguments.model else load_demo_model()
+    model, tokenizer = _load(arguments)
     prompt: Any = arguments.prompt
     if arguments.chat:
         prompt = [{"role": "user", "content": prompt}]
@@ -208,11 +220,26 @@ def _run(arguments: argparse.Namespace) -> None:
     if layers is not None and len(layers) == 1:
         layers = layers[0]
     result = explain(
-        model, tokenizer, prompt, arguments.target, arguments.method, layers, **options
+        model,
+        tokenizer,
+        prompt,
+        arguments.target,
+        arguments.method,
+        layers,
+        context=arguments.context,
+        **options,
     )
     _show(result, color=not arguments.no_color)
     if arguments.out:
         _save_picture(result, arguments.out)
+
+
+def _load(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    if arguments.model:
+        return load_model(arguments.model, task=arguments.task)
+    if arguments.task not in (None, CAUSAL):
+        raise ValueError(f"--task {arguments.task} needs a --model: the demo model is causal")
+    return load_demo_model()
 
 
 def _attribute_options(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from captum_llm_ext.adapter import prompt_in
 from captum_llm_ext.checks import check_causal, check_context, check_ids, probed
 from captum_llm_ext.compat import InterpretableInput
 from captum_llm_ext.inputs import prompt_ids
@@ -20,7 +21,7 @@ from captum_llm_ext.model_parts import input_device
 from captum_llm_ext.model_pass import TeacherForcing
 from captum_llm_ext.prefix_cache import keeps_cache
 from captum_llm_ext.prompts import PromptScorer
-from captum_llm_ext.targets import Target, contrast_ids, target_ids
+from captum_llm_ext.tasks import Request, task_of
 
 
 @dataclass
@@ -52,7 +53,9 @@ class Coalitions:
         if not new:
             return
         longest = max(new.values(), key=len)
-        check_context(replace(self.scorer.forcing, prompt_ids=longest[None]))
+        forcing = self.scorer.forcing
+        prompt = prompt_in(forcing.model, longest)
+        check_context(replace(forcing, prompt_ids=prompt[None]))
         with tqdm(total=len(new), disable=not self.show_progress, desc="prompts") as bar:
             self.scorer.advance = bar.update
             self.known.update(zip(new, self.scorer.scores(list(new.values())), strict=True))
@@ -78,11 +81,8 @@ def teacher_forcing(
     device = getattr(model, "device", None) or next(model.parameters()).device
     device = input_device(model, device)
     prompt = prompt_ids(inp, None, tokenizer, device)
-    ids = target_ids(model, tokenizer, {"input_ids": prompt[None]}, target, gen_args)
-    ids = ids.to(prompt.device, copy=True)
-    contrast = contrast_ids(tokenizer, contrast_target, len(ids))
-    contrast = None if contrast is None else contrast.to(prompt.device, copy=True)
-    forcing = TeacherForcing(model, prompt[None], Target(ids, attr_target, contrast))
+    request = Request(target, gen_args, contrast_target, attr_target)
+    forcing = task_of(model).forcing(model, tokenizer, prompt[None], request)
     check_ids(forcing)
     check_context(forcing)
     return forcing

@@ -23,10 +23,11 @@ from torch import nn
 
 from captum_llm_ext.attention import LLMAttentionAttribution
 from captum_llm_ext.gradient import LLMGradientAttribution
-from captum_llm_ext.inputs import TextTokenInput, chat_input
+from captum_llm_ext.inputs import TextTokenInput, chat_input, qa_input
 from captum_llm_ext.methods import LayerSaliency
 from captum_llm_ext.perturbation import LLMAttribution
 from captum_llm_ext.result import LLMAttributionResult
+from captum_llm_ext.tasks import QA, TASKS, task_of
 from captum_llm_ext.two_stage import TwoStageAblation
 
 Message: TypeAlias = Mapping[str, str]
@@ -71,12 +72,14 @@ def explain(
     method: str = "saliency",
     layers: Layers | None = None,
     quadrature: str | None = None,
+    context: str | None = None,
     **kwargs: Any,
 ) -> LLMAttributionResult:
     """Attribute what a language model says to the parts of its prompt.
 
     Args:
-        model: a causal language model.
+        model: a causal language model, an encoder-decoder model, whose target is its translation
+            or summary, or a question answering model, whose target is an answer of the context.
         tokenizer: the model's tokenizer.
         prompt: a string (every token is a feature), a list of messages
             (``{"role": ..., "content": ...}``, put through the chat template), or any
@@ -94,6 +97,8 @@ def explain(
             "attention", every layer that has it.
         quadrature: of "ig" and "conductance" (where `attribute` calls it `method`):
             "gausslegendre" (the default), a Riemann rule, or "adaptive" with ``tol=0.05``.
+        context: of a question answering model, the text that the answer is part of; the prompt is
+            the question.
         **kwargs: go to ``attribute`` of `LLMGradientAttribution`, `LLMAttribution` or
             `LLMAttentionAttribution`, for example ``n_steps=100``, ``n_samples=50`` or
             ``gen_args={"max_new_tokens": 10}``.
@@ -124,7 +129,8 @@ def explain(
         if method not in ("ig", "conductance"):
             raise ValueError(f"quadrature belongs to 'ig' and 'conductance', got {method!r}")
         kwargs["method"] = quadrature
-    return wrapper.attribute(_as_input(prompt, tokenizer), target=target, **kwargs)
+    inp = as_input(prompt, tokenizer, context, task_of(model) is TASKS[QA])
+    return wrapper.attribute(inp, target=target, **kwargs)
 
 
 def _wrapper(
@@ -149,7 +155,12 @@ def _wrapper(
     return LLMAttribution(PERTURBATION_METHODS[method](model), tokenizer)
 
 
-def _as_input(prompt: Any, tokenizer: Any) -> InterpretableInput:
+def as_input(
+    prompt: Any, tokenizer: Any, context: str | None = None, answers: bool = False
+) -> InterpretableInput:
+    """What `explain` makes of a prompt; of a model that answers, of a question and its context."""
+    if context is not None or (answers and isinstance(prompt, str)):
+        return _question(prompt, tokenizer, context, answers)
     if isinstance(prompt, str):
         if not prompt:  # with a tokenizer that puts a token before every text it would pass
             raise ValueError("expected a prompt of at least one character, got an empty string")
@@ -162,6 +173,19 @@ def _as_input(prompt: Any, tokenizer: Any) -> InterpretableInput:
         "expected the prompt to be a string, a list of messages with 'role' and 'content', or an "
         f"interpretable input of Captum; got {type(prompt).__name__}"
     )
+
+
+def _question(
+    prompt: Any, tokenizer: Any, context: str | None, answers: bool
+) -> InterpretableInput:
+    if not answers:
+        raise ValueError("a context is for question answering models, which this model is not")
+    if not isinstance(prompt, str) or context is None:
+        raise ValueError(
+            "a question answering model needs a question as the prompt, and the context that "
+            "holds the answer, both strings"
+        )
+    return qa_input(prompt, context, tokenizer)
 
 
 def _input_embeddings(model: nn.Module) -> nn.Module:

@@ -186,7 +186,8 @@ class PathWalk:
         moved = (difference[0] != 0).flatten(1).any(1).to(column_at.device)
         if not self.rule.multiply or self.rule.stdev:
             moved = torch.ones_like(moved)
-        groups = position_groups(column_at[: len(moved)], moved)
+        first = self.ends[site].first
+        groups = position_groups(column_at[first : first + len(moved)], moved)
         wanted = self.plan.forward_mode or is_cheaper(len(groups), len(self.span))
         return groups if wanted else []
 

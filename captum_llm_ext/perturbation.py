@@ -37,8 +37,8 @@ from captum_llm_ext.result import LLMAttributionResult
 from captum_llm_ext.targets import (
     PERTURBATION_TARGETS,
     check_attr_target,
-    output_tokens,
 )
+from captum_llm_ext.tasks import task_of
 from captum_llm_ext.two_stage import TwoStageAblation
 
 # Arguments of Captum's methods that this class gives itself.
@@ -61,7 +61,10 @@ InspectForward = Callable[[str, str, list[float]], None]
 class LLMAttribution(CaptumLLMAttribution):
     """Perturbation attribution of language models, right on transformers 5 and in batches.
 
-    A drop-in replacement for ``captum.attr.LLMAttribution``.
+    A drop-in replacement for ``captum.attr.LLMAttribution``. The model may also be an
+    encoder-decoder model, or a question answering model; of the latter an absent part keeps its
+    places, with as many tokens of its baseline or else mask tokens in them, so that the answer's
+    positions stay.
 
     Args:
         attr_method: `FeatureAblation`, `ShapleyValueSampling`, `ShapleyValues`, `Lime` or
@@ -130,7 +133,9 @@ class LLMAttribution(CaptumLLMAttribution):
         Args:
             inp: a `TextTokenInput`, `TextTemplateInput` or `ImageMaskInput`.
             target: a string (encoded without special tokens), a 1-D tensor of token ids, or None
-                to let the model generate it.
+                to let the model generate it. Of a question answering model: an answer, of which
+                the first place in the context counts, the positions (start, end) of its tokens in
+                the prompt, or None for the likeliest span of the context.
             num_trials: average over so many trials; a callable baseline is drawn once in each.
             gen_args: arguments of ``model.generate`` when `target` is None. Default: greedy, 25
                 new tokens.
@@ -185,9 +190,10 @@ class LLMAttribution(CaptumLLMAttribution):
             if isinstance(inp, CaptumTextTemplateInput):
                 check_template(inp)
             inp = with_baselines(inp, baselines, self.model)
+            task = task_of(self.model)
             asked_for = (target, gen_args, self.attr_target, contrast_target)
             forcing = teacher_forcing(self.model, self.tokenizer, inp, *asked_for)
-            tokens = output_tokens(forcing.target.ids, self.tokenizer)
+            tokens = task.names(forcing, self.tokenizer)
             scorer = prompt_scorer(forcing, reuse_prefix, internal_batch_size)
             staged = type(self.attr_method) in STAGED
             at_once = inp.n_itp_features if staged else perturbations_per_eval
@@ -195,7 +201,8 @@ class LLMAttribution(CaptumLLMAttribution):
             known: dict[tuple[int, ...], Tensor] = {}
             trials = []
             for _ in range(num_trials):
-                asked = Coalitions(drawn(inp), self.tokenizer, scorer, known, show_progress)
+                perturbed = task.perturbed(drawn(inp), self.tokenizer)
+                asked = Coalitions(perturbed, self.tokenizer, scorer, known, show_progress)
                 if self._repeats_itself():
                     self._collect(asked, kwargs)
                     asked.score()

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
+from captum_llm_ext.adapter import Adapter, prompt_in
 from captum_llm_ext.memory import Halving, free_bytes
 from captum_llm_ext.model_parts import output_head
 from captum_llm_ext.model_pass import (
     PASS_OVERHEAD,
     Pass,
-    TargetSpan,
     TeacherForcing,
     read_logits,
     tokens_per_pass,
@@ -69,6 +69,7 @@ class PromptScorer:
         The reference goes along in the batches. Where it gets another score there than by
         itself, the model does not batch or reuse its cache rightly, and a plainer way is taken.
         """
+        prompts = [prompt_in(self.model, prompt) for prompt in prompts]
         together, reference = _with_reference(prompts, self.reference)
         for score in self._ways():
             found = score(together)
@@ -88,7 +89,7 @@ class PromptScorer:
 
     def _takes_rows(self) -> bool:
         """Whether the model takes several rows; what is not of transformers is asked."""
-        if isinstance(self.model, PreTrainedModel):
+        if isinstance(self.model, PreTrainedModel | Adapter):
             return True
         try:
             self.model(self.reference[None, :2].repeat(2, 1))
@@ -104,13 +105,15 @@ class PromptScorer:
 
     def _alone(self, prompt: Tensor) -> Tensor:
         """(2, 1 + n_output) after one prompt, in one pass, or token by token."""
+        self.advance(1)
+        if isinstance(self.model, Adapter):
+            return self._batch([prompt], 0, None, slice(0, 1))[0]
         forcing = replace(self.forcing, prompt_ids=prompt[None])
         passes = [
             forcing.run(forcing.fed(forcing.ids, s), s)
             for s in forcing.spans(False, 1, self.causal)
         ]
         logits = torch.cat([p.logits for p in passes], dim=1)
-        self.advance(1)
         return read_scores(replace(self.probe, logits=logits))[0]
 
     def _in_batches(self, prompts: Sequence[Tensor], cache: PrefixCache | None = None) -> Tensor:
@@ -137,8 +140,16 @@ class PromptScorer:
     def _batch(
         self, batch: list[Tensor], cut: int, cache: PrefixCache | None, part: slice
     ) -> Tensor:
-        """(rows, 2, 1 + n_output), the prompts padded on the right, where no token looks."""
-        prompts = batch[part]
+        """(rows, 2, 1 + n_output) after a part of the prompts."""
+        if isinstance(self.model, Adapter):
+            logits = self.model.logits_after(batch[part], self.target.fed)
+        else:
+            logits = self._continued(batch[part], cut, cache)
+        return read_scores(Pass(self.target, self.forcing.whole, logits))
+
+    def _continued(self, prompts: list[Tensor], cut: int, cache: PrefixCache | None) -> Tensor:
+        """Logits (rows, n_output, vocabulary), the prompts padded on the right, where no token
+        looks."""
         continued = self.target.ids[:-1]
         ids = pad_sequence([torch.cat([p[cut:], continued]) for p in prompts], batch_first=True)
         last = torch.tensor([len(p) - cut - 1 for p in prompts], device=ids.device)
@@ -148,9 +159,7 @@ class PromptScorer:
             options = {"use_cache": True, "past_key_values": cache.at(cut, len(prompts))}
         with _head_reads_only(self.model, places):
             logits = read_logits(self.model(ids, **options))
-        if logits.size(1) != places.size(1):
-            logits = _take(logits, places)
-        return read_scores(Pass(self.target, TargetSpan(0, len(self.target)), logits))
+        return logits if logits.size(1) == places.size(1) else _take(logits, places)
 
 
 def read_scores(scored: Pass) -> Tensor:

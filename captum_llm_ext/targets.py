@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,15 +21,28 @@ class Target:
     """Target tokens and what is attributed of them.
 
     ids: (n_output,) token ids; contrast: (n_output,) token ids to compare with, or None;
-    attr_target: "log_prob", "prob", "logit", or "rank" (minus how many tokens are likelier).
+    attr_target: "log_prob", "prob", "logit", or "rank" (minus how many tokens are likelier);
+    of_positions: the ids are positions of the prompt, and the logits are over these.
     """
 
     ids: Tensor
     attr_target: str = "log_prob"
     contrast: Tensor | None = None
+    of_positions: bool = False
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def fed(self) -> Tensor:
+        """The ids that the model is fed to score all of them: all but the last, or none."""
+        return self.ids[:0] if self.of_positions else self.ids[:-1]
+
+    @property
+    def vocabulary_ids(self) -> list[Tensor]:
+        """The ids that the model's vocabulary is to have."""
+        given = [] if self.of_positions else [self.ids, self.contrast]
+        return [ids for ids in given if ids is not None]
 
     @property
     def is_additive(self) -> bool:
@@ -38,7 +51,7 @@ class Target:
 
     def as_log_prob(self) -> Target:
         """The same tokens, scored by their log probability."""
-        return Target(self.ids)
+        return replace(self, attr_target="log_prob", contrast=None)
 
     def token_scores(self, logits: Tensor, start: int, stop: int) -> Tensor:
         """Scores (rows, stop - start) of target tokens start…stop-1 from their logits."""
@@ -80,10 +93,16 @@ def target_ids(
     model_inputs: Mapping[str, Any],
     target: str | Tensor | Sequence[int] | None,
     gen_args: Mapping[str, Any] | None,
+    n_given: int | None = None,
 ) -> Tensor:
-    """The token ids (n_output,) of a target that is given, or that the model generates."""
+    """The token ids (n_output,) of a target that is given, or that the model generates.
+
+    n_given: how many ids precede the generated ones in what the model generates; default: the
+    prompt's.
+    """
     if target is None:
-        return _checked(_generate(model, model_inputs, gen_args), "the model generated no token")
+        generated = _generate(model, model_inputs, gen_args, n_given)
+        return _checked(generated, "the model generated no token")
     if gen_args is not None:
         raise ValueError("gen_args is only for a generated target; got gen_args and a target")
     return encode_target(tokenizer, target)
@@ -132,7 +151,10 @@ def output_tokens(ids: Tensor, tokenizer: Any) -> list[str]:
 
 
 def _generate(
-    model: nn.Module, model_inputs: Mapping[str, Any], gen_args: Mapping[str, Any] | None
+    model: nn.Module,
+    model_inputs: Mapping[str, Any],
+    gen_args: Mapping[str, Any] | None,
+    n_given: int | None,
 ) -> Tensor:
     generate = getattr(model, "generate", None)
     if not callable(generate):
@@ -144,7 +166,7 @@ def _generate(
     with torch.no_grad():
         output = generate(**mask, **(gen_args or DEFAULT_GEN_ARGS))
     sequences = output if isinstance(output, Tensor) else output.sequences
-    return sequences[0, ids.size(1) :]
+    return sequences[0, ids.size(1) if n_given is None else n_given :]
 
 
 def _checked(ids: Tensor, problem: str) -> Tensor:

@@ -18,6 +18,7 @@ from captum_llm_ext.compat import CaptumTextTemplateInput, CaptumTextTokenInput,
 from captum_llm_ext.inputs import check_template, drawn, with_baselines
 from captum_llm_ext.metrics.curves import FRACTIONS, RemovalCurves, removal_counts, removal_rows
 from captum_llm_ext.targets import PERTURBATION_TARGETS, check_attr_target, output_tokens
+from captum_llm_ext.tasks import task_of
 
 MOST_STEPS = 50
 
@@ -90,7 +91,7 @@ def open_coalitions(
     _check_input(inp)
     with no_gradients():
         warn_of_dropout(model)
-        fixed = drawn(with_baselines(inp, baselines, model))
+        fixed = task_of(model).perturbed(drawn(with_baselines(inp, baselines, model)), tokenizer)
         forcing = teacher_forcing(model, tokenizer, fixed, target, **asked_for)
         scorer = prompt_scorer(forcing, reuse_prefix, rows)
         return Coalitions(fixed, tokenizer, scorer, show_progress=show_progress)
