@@ -17,7 +17,7 @@ from captum_llm_ext.coalitions import Coalitions, prompt_scorer, teacher_forcing
 from captum_llm_ext.compat import CaptumTextTemplateInput, CaptumTextTokenInput, InterpretableInput
 from captum_llm_ext.inputs import check_template, drawn, with_baselines
 from captum_llm_ext.metrics.curves import FRACTIONS, RemovalCurves, removal_counts, removal_rows
-from captum_llm_ext.targets import PERTURBATION_TARGETS, check_attr_target, output_tokens
+from captum_llm_ext.targets import PERTURBATION_TARGETS, check_attr_target
 from captum_llm_ext.tasks import task_of
 
 MOST_STEPS = 50
@@ -144,7 +144,8 @@ def _check_input(inp: InterpretableInput | None) -> None:
 def _check_target(result: CaptumLLMAttributionResult, asked: Coalitions) -> None:
     ids, shown = asked.scorer.target.ids.cpu(), list(result.output_tokens)
     names = [str(token) for token in asked.tokenizer.convert_ids_to_tokens(ids.tolist())]
-    if shown not in (names, output_tokens(ids, asked.tokenizer)):
+    forcing = asked.scorer.forcing
+    if shown not in (names, task_of(forcing.model).names(forcing, asked.tokenizer)):
         raise ValueError(
             f"the result attributes {shown}, and the target is {names}: pass the target that was "
             "attributed"
