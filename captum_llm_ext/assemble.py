@@ -24,7 +24,8 @@ class LayerColumns:
     """A layer's attributions by feature.
 
     seq_attr: (n_input,); token_attr: (n_output, n_input) or None; hidden_attr: (n_output,
-    n_input, hidden) or None; delta and difference: (n_output,), or (1,) of the sequence, or None.
+    n_input, hidden) or None; delta and difference: (n_output,), or (1,) of the sequence, or None;
+    norm: of gradients of which the values are, None where they add up.
     """
 
     seq_attr: Tensor
@@ -34,6 +35,7 @@ class LayerColumns:
     difference: Tensor | None
     n_evaluations: int | None
     converged: bool | None
+    norm: str | None
 
 
 def layer_columns(
@@ -56,6 +58,7 @@ def layer_columns(
         difference=difference,
         n_evaluations=total.n_evaluations or None,
         converged=total.converged,
+        norm=None if total.norm == "sum" else total.norm,
     )
 
 
@@ -71,6 +74,7 @@ def single_result(
         hidden_attr=columns.hidden_attr,
         n_evaluations=columns.n_evaluations,
         converged=columns.converged,
+        norm=columns.norm,
         inp=inp,
     )
 
@@ -94,6 +98,7 @@ def layered_result(
         hidden_attr=_hidden_by_name(by_site),
         layer_n_evaluations=[layer.n_evaluations for layer in layers],
         layer_converged=[layer.converged for layer in layers],
+        norm=layers[0].norm,
         inp=inp,
     )
 

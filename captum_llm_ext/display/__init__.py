@@ -13,9 +13,12 @@ from captum_llm_ext.display.terminal import AttributionText, print_text, render_
 from captum_llm_ext.display.tokens import (
     distinct_names,
     readable_token,
+    readable_tokens,
     short_layer_names,
     token_text,
+    token_texts,
 )
+from captum_llm_ext.display.words import word_spans, word_texts
 
 __all__ = [
     "AttributionText",
@@ -26,8 +29,12 @@ __all__ = [
     "draw_shaded_text",
     "print_text",
     "readable_token",
+    "readable_tokens",
     "relative_to_rows",
     "render_text",
     "short_layer_names",
     "token_text",
+    "token_texts",
+    "word_spans",
+    "word_texts",
 ]

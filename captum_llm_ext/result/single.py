@@ -17,14 +17,18 @@ from captum_llm_ext.display import (
     draw_heat_map,
     draw_shaded_text,
     print_text,
-    readable_token,
+    readable_tokens,
     render_text,
 )
+from captum_llm_ext.result.export import fields_of
+from captum_llm_ext.result.merge import Spans, merged_fields
+from captum_llm_ext.result.stored import StoredResult
 from captum_llm_ext.result.values import (
     array,
     checked_tensor,
     count,
     equal,
+    known_norm,
     optional_tensor,
     token_list,
 )
@@ -32,11 +36,12 @@ from captum_llm_ext.result.values import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from typing_extensions import Self
 
 _MOST_BARS = 60  # input tokens; a longer prompt is plotted as shaded text
 
 
-class LLMAttributionResult(CaptumLLMAttributionResult):
+class LLMAttributionResult(StoredResult, CaptumLLMAttributionResult):
     """Attribution of every input token to every output token and to the whole output.
 
     A `captum.attr.LLMAttributionResult` that keeps every value in float32, detached, on the device
@@ -58,9 +63,11 @@ class LLMAttributionResult(CaptumLLMAttributionResult):
             hidden), or (1, n_input, hidden) for the sequence alone; None (default) if not kept.
         n_evaluations: points of the path whose gradient was taken, or None (default).
         converged: whether adaptive quadrature met its tolerance, or None (default).
+        norm: of gradients of which the values are, "l1", "l2" or "linf"; None (default) for
+            attributions that add up.
 
     Raises:
-        ValueError: a shape does not fit the tokens.
+        ValueError: a shape does not fit the tokens, or an unknown norm.
         TypeError: tokens are one string rather than a list.
 
     Example:
@@ -92,8 +99,9 @@ class LLMAttributionResult(CaptumLLMAttributionResult):
         hidden_attr: Tensor | None = None,
         n_evaluations: int | None = None,
         converged: bool | None = None,
+        norm: str | None = None,
     ) -> None:
-        self.n_evaluations, self.converged = n_evaluations, converged
+        self.n_evaluations, self.converged, self.norm = n_evaluations, converged, known_norm(norm)
         super().__init__(
             input_tokens=token_list("input_tokens", input_tokens),
             output_tokens=token_list("output_tokens", output_tokens),
@@ -151,43 +159,83 @@ class LLMAttributionResult(CaptumLLMAttributionResult):
         names = distinct_names(self.input_tokens)
         return dict(zip(names, self.seq_attr.tolist(), strict=True))
 
+    def merge(self, spans: str | Spans = "word") -> Self:
+        """The same with several input tokens as one: the words of sub-words, or given spans.
+
+        Attributions of a word are the sum of its tokens'. Norms (`norm` "l2" and "linf" of
+        `LayerSaliency`) are combined to what the norm of the word's whole gradient is: the root of
+        the sum of squares, and the largest.
+
+        Args:
+            spans: "word" (default): runs of letters and digits that no space divides; punctuation
+                and tokens of scripts without spaces stay as they are, and so do features that are
+                no tokens (values of a template). Or (start, stop) places of input tokens; those
+                outside all spans stay as they are.
+
+        Returns:
+            A result with the words as `input_tokens` and without `inp`; scores and convergence
+            deltas stay as they were.
+
+        Raises:
+            ValueError: spans that overlap or leave the input.
+
+        Example:
+            >>> result = LLMAttributionResult(
+            ...     input_tokens=["Ġun", "believ", "able", "Ġnews"],
+            ...     output_tokens=["!"],
+            ...     seq_attr=[1.0, 2.0, 3.0, 4.0],
+            ... )
+            >>> result.merge("word").seq_attr_dict
+            {' unbelievable': 6.0, ' news': 4.0}
+        """
+        stored = [name for name in fields_of(self) if name not in self._computed]
+        fields = {name: getattr(self, name) for name in stored}
+        return type(self)(**merged_fields(fields, spans, self.inp))
+
+    def _merged(self, merge: str | Spans | None) -> Self:
+        return self if merge is None else self.merge(merge)
+
     def plot_seq_attr(
-        self, show: bool = False, ax: Axes | None = None
+        self, show: bool = False, ax: Axes | None = None, merge: str | Spans | None = None
     ) -> tuple[Figure, Axes] | None:
         """Plot the sequence attribution: bars, or shaded text for more than 60 input tokens.
 
         Args:
             show: True shows the plot and returns None; False (default) returns (figure, axes).
             ax: axes to draw into; None (default) for a new figure.
+            merge: "word" or spans to `merge` first; None (default) for tokens.
         """
-        draw = draw_bars if len(self.input_tokens) <= _MOST_BARS else draw_shaded_text
-        drawn = draw(array(self.seq_attr), self.input_tokens, "Sequence Attribution", ax)
+        result = self._merged(merge)
+        draw = draw_bars if len(result.input_tokens) <= _MOST_BARS else draw_shaded_text
+        drawn = draw(array(result.seq_attr), result.input_tokens, "Sequence Attribution", ax)
         return shown(drawn, show)
 
     def plot_token_attr(
-        self, show: bool = False, ax: Axes | None = None
+        self, show: bool = False, ax: Axes | None = None, merge: str | Spans | None = None
     ) -> tuple[Figure, Axes] | None:
         """Plot output tokens by input tokens; more than 60 input tokens continue in blocks below.
 
         Args:
             show: True shows the plot and returns None; False (default) returns (figure, axes).
             ax: axes to draw into; None (default) for a new figure.
+            merge: "word" or spans to `merge` first; None (default) for tokens.
 
         Raises:
             ValueError: there is no `token_attr`; plot `plot_seq_attr` instead.
         """
-        if self.token_attr is None:
+        result = self._merged(merge)
+        if result.token_attr is None:
             raise ValueError(
                 "token_attr is None, since only the sequence was attributed: use plot_seq_attr, "
                 "or attribute with include_per_token_attr=True"
             )
-        values = array(self.token_attr)
-        drawn = draw_heat_map(
-            values, self.output_tokens, self.input_tokens, "Token Attribution", ax
-        )
+        values, rows = array(result.token_attr), result.output_tokens
+        drawn = draw_heat_map(values, rows, result.input_tokens, "Token Attribution", ax)
         return shown(drawn, show)
 
-    def to_text(self, color: bool = True, width: int | None = None) -> str:
+    def to_text(
+        self, color: bool = True, width: int | None = None, merge: str | Spans | None = None
+    ) -> str:
         """Table for a terminal: a row per input token, columns sequence and output tokens.
 
         More than 60 input tokens are shown as shaded text and a table of the 20 largest.
@@ -195,16 +243,18 @@ class LLMAttributionResult(CaptumLLMAttributionResult):
         Args:
             color: shade the cells with ANSI colours (default True).
             width: columns of the terminal; None (default) for the present one.
+            merge: "word" or spans to `merge` first; None (default) for tokens.
         """
-        return render_text(self._text(), color, width)
+        return render_text(self._merged(merge)._text(), color, width)
 
-    def print(self, file: IO[str] | None = None) -> None:
+    def print(self, file: IO[str] | None = None, merge: str | Spans | None = None) -> None:
         """Print the table of `to_text`, in colours where the terminal or notebook has them.
 
         Args:
             file: where to; None (default) for standard output.
+            merge: "word" or spans to `merge` first; None (default) for tokens.
         """
-        print_text(self._text(), file)
+        print_text(self._merged(merge)._text(), file)
 
     def _text(self) -> AttributionText:
         footers = {"log probability": self.output_probs, "convergence delta": self._footer_delta()}
@@ -227,9 +277,8 @@ class LLMAttributionResult(CaptumLLMAttributionResult):
     def _top(self, number: int = 3) -> str:
         values = array(self.seq_attr)
         largest = np.argsort(-np.abs(np.nan_to_num(values)), kind="stable")[:number]
-        tokens = [readable_token(self.input_tokens[place], 20) for place in largest]
-        pairs = zip(tokens, values[largest], strict=True)
-        return ", ".join(f"'{token}' {value:.3g}" for token, value in pairs)
+        tokens = readable_tokens(self.input_tokens, 20)
+        return ", ".join(f"'{tokens[place]}' {values[place]:.3g}" for place in largest)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._title()}, top: {self._top()})"
