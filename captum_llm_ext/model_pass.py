@@ -168,7 +168,7 @@ class Pass:
     @property
     def tolerance(self) -> float:
         """Relative difference of scores that the precision alone explains."""
-        return {torch.float64: 1e-9, torch.float32: 1e-4}.get(self.precision, 5e-2)
+        return tolerance(self.precision)
 
     def token_scores(self) -> Tensor:
         """Scores (rows, len(span)) of the span's tokens."""
@@ -247,6 +247,11 @@ def _with_last_id_changed(ids: Tensor) -> Tensor:
     changed = ids.clone()
     changed[0, -1] += torch.where(changed[0, -1] > 0, -1, 1)
     return changed
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Relative difference of scores that the dtype alone explains."""
+    return {torch.float64: 1e-9, torch.float32: 1e-4}.get(dtype, 5e-2)
 
 
 def lower(dtype: torch.dtype, other: torch.dtype | None) -> torch.dtype:
