@@ -84,3 +84,59 @@ def _tokens(draw: st.DrawFn, n_input: int, n_output: int) -> dict[str, list[str]
         "input_tokens": draw(st.lists(TEXT, min_size=n_input, max_size=n_input)),
         "output_tokens": draw(st.lists(TEXT, min_size=n_output, max_size=n_output)),
     }
+
+
+HOSTILE = [
+    "<script>window.hacked = 1</script>",
+    "\"'><img src=x onerror=window.hacked=1>",
+    "</div></style></script><script>window.hacked=1</script>",
+    "<!--",
+    "]]>",
+    "&lt;",
+    "{{script}}",
+    "\u202eevil\u202c",
+    "\u2066",
+    "\x00",
+    "\x1b[31m",
+    "\ud800",
+    "x" * 10_000,
+    "\n" * 10_000,
+    " مر",
+    "حبا",
+    "日本",
+    "ĠðŁ",
+    "ĺ",
+    "Ģ",
+    "Ċ",
+    "ĉ",
+    "Ġ",
+    "",
+]
+
+
+def random_values(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Cubes of normal ones, so that there are large and small values of both signs."""
+    return torch.tensor(np.random.default_rng(seed).normal(size=shape) ** 3, dtype=torch.float32)
+
+
+def result_of(input_tokens: list[str], output_tokens: list[str]) -> LLMAttributionResult:
+    rows = random_values(len(output_tokens), len(input_tokens))
+    return LLMAttributionResult(
+        input_tokens=input_tokens,
+        output_tokens=output_tokens,
+        seq_attr=rows.sum(0),
+        token_attr=rows,
+    )
+
+
+def layered_result_of(n_layers: int, n_input: int, n_output: int) -> LLMLayerAttributionResult:
+    """Layers that differ by orders of magnitude."""
+    sizes = 10.0 ** torch.linspace(0, 3, n_layers)
+    rows = random_values(n_layers, n_output, n_input) * sizes[:, None, None]
+    return LLMLayerAttributionResult(
+        input_tokens=[f"Ġin{place}" for place in range(n_input)],
+        output_tokens=[f"Ġout{place}" for place in range(n_output)],
+        layer_names=[f"model.layers.{place}.mlp" for place in range(n_layers)],
+        layer_seq_attr=rows.sum(1),
+        layer_token_attr=rows,
+    )

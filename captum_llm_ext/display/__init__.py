@@ -1,11 +1,12 @@
 """How attributions look: tokens as text, colour scales, plots and terminal tables.
 
 Every function here takes plain arrays and labels and knows nothing of results or models.
-Further formats (HTML) belong beside `terminal`, built on the same `tokens` and `scale`.
+A further format belongs beside `terminal` and `html`, built on the same `tokens` and `scale`.
 """
 
 from __future__ import annotations
 
+from captum_llm_ext.display.html import View, render_document, render_view
 from captum_llm_ext.display.plots import draw_bars, draw_heat_map
 from captum_llm_ext.display.scale import ColorScale, relative_to_rows
 from captum_llm_ext.display.shaded import draw_shaded_text
@@ -23,6 +24,7 @@ from captum_llm_ext.display.words import word_spans, word_texts
 __all__ = [
     "AttributionText",
     "ColorScale",
+    "View",
     "distinct_names",
     "draw_bars",
     "draw_heat_map",
@@ -31,7 +33,9 @@ __all__ = [
     "readable_token",
     "readable_tokens",
     "relative_to_rows",
+    "render_document",
     "render_text",
+    "render_view",
     "short_layer_names",
     "token_text",
     "token_texts",

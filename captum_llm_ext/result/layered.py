@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy.typing as npt
 from captum.attr import InterpretableInput
 from torch import Tensor
 
-from captum_llm_ext.display import draw_heat_map, relative_to_rows, short_layer_names
+from captum_llm_ext.display import View, draw_heat_map, relative_to_rows, short_layer_names
 from captum_llm_ext.result.frames import layered_frame
 from captum_llm_ext.result.merge import Spans
-from captum_llm_ext.result.single import LLMAttributionResult, shown
+from captum_llm_ext.result.shown import shown
+from captum_llm_ext.result.single import LLMAttributionResult
 from captum_llm_ext.result.values import (
     array,
     checked_tensor,
@@ -213,9 +215,17 @@ class LLMLayerAttributionResult(LLMAttributionResult, Mapping[str, LLMAttributio
         """Layers attributed independently have deltas of their own, none in common."""
         return self.convergence_delta if self.layer_mode == "joint" else None
 
+    def _views(self) -> list[View]:
+        whole = [replace(view, name=self._together()) for view in super()._views()]
+        layers = self.items()
+        return whole + [replace(layer._views()[0], name=name) for name, layer in layers]
+
     def _title(self) -> str:
+        return f"{super()._title()}, {self._together()}"
+
+    def _together(self) -> str:
         together = "mean over" if self.layer_mode == "independent" else "sum of"
-        return f"{super()._title()}, {together} {count(len(self), 'layer')}"
+        return f"{together} {count(len(self), 'layer')}"
 
 
 def _distinct_layer_names(names: Sequence[str]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -10,23 +10,14 @@ from captum.attr import InterpretableInput
 from captum.attr import LLMAttributionResult as CaptumLLMAttributionResult
 from torch import Tensor
 
-from captum_llm_ext.display import (
-    AttributionText,
-    distinct_names,
-    draw_bars,
-    draw_heat_map,
-    draw_shaded_text,
-    print_text,
-    readable_tokens,
-    render_text,
-)
+from captum_llm_ext.display import distinct_names, readable_tokens
 from captum_llm_ext.result.export import fields_of
 from captum_llm_ext.result.merge import Spans, merged_fields
+from captum_llm_ext.result.shown import ShownResult
 from captum_llm_ext.result.stored import StoredResult
 from captum_llm_ext.result.values import (
     array,
     checked_tensor,
-    count,
     equal,
     known_norm,
     optional_tensor,
@@ -34,14 +25,10 @@ from captum_llm_ext.result.values import (
 )
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
     from typing_extensions import Self
 
-_MOST_BARS = 60  # input tokens; a longer prompt is plotted as shaded text
 
-
-class LLMAttributionResult(StoredResult, CaptumLLMAttributionResult):
+class LLMAttributionResult(ShownResult, StoredResult, CaptumLLMAttributionResult):
     """Attribution of every input token to every output token and to the whole output.
 
     A `captum.attr.LLMAttributionResult` that keeps every value in float32, detached, on the device
@@ -192,88 +179,6 @@ class LLMAttributionResult(StoredResult, CaptumLLMAttributionResult):
         fields = {name: getattr(self, name) for name in stored}
         return type(self)(**merged_fields(fields, spans, self.inp))
 
-    def _merged(self, merge: str | Spans | None) -> Self:
-        return self if merge is None else self.merge(merge)
-
-    def plot_seq_attr(
-        self, show: bool = False, ax: Axes | None = None, merge: str | Spans | None = None
-    ) -> tuple[Figure, Axes] | None:
-        """Plot the sequence attribution: bars, or shaded text for more than 60 input tokens.
-
-        Args:
-            show: True shows the plot and returns None; False (default) returns (figure, axes).
-            ax: axes to draw into; None (default) for a new figure.
-            merge: "word" or spans to `merge` first; None (default) for tokens.
-        """
-        result = self._merged(merge)
-        draw = draw_bars if len(result.input_tokens) <= _MOST_BARS else draw_shaded_text
-        drawn = draw(array(result.seq_attr), result.input_tokens, "Sequence Attribution", ax)
-        return shown(drawn, show)
-
-    def plot_token_attr(
-        self, show: bool = False, ax: Axes | None = None, merge: str | Spans | None = None
-    ) -> tuple[Figure, Axes] | None:
-        """Plot output tokens by input tokens; more than 60 input tokens continue in blocks below.
-
-        Args:
-            show: True shows the plot and returns None; False (default) returns (figure, axes).
-            ax: axes to draw into; None (default) for a new figure.
-            merge: "word" or spans to `merge` first; None (default) for tokens.
-
-        Raises:
-            ValueError: there is no `token_attr`; plot `plot_seq_attr` instead.
-        """
-        result = self._merged(merge)
-        if result.token_attr is None:
-            raise ValueError(
-                "token_attr is None, since only the sequence was attributed: use plot_seq_attr, "
-                "or attribute with include_per_token_attr=True"
-            )
-        values, rows = array(result.token_attr), result.output_tokens
-        drawn = draw_heat_map(values, rows, result.input_tokens, "Token Attribution", ax)
-        return shown(drawn, show)
-
-    def to_text(
-        self, color: bool = True, width: int | None = None, merge: str | Spans | None = None
-    ) -> str:
-        """Table for a terminal: a row per input token, columns sequence and output tokens.
-
-        More than 60 input tokens are shown as shaded text and a table of the 20 largest.
-
-        Args:
-            color: shade the cells with ANSI colours (default True).
-            width: columns of the terminal; None (default) for the present one.
-            merge: "word" or spans to `merge` first; None (default) for tokens.
-        """
-        return render_text(self._merged(merge)._text(), color, width)
-
-    def print(self, file: IO[str] | None = None, merge: str | Spans | None = None) -> None:
-        """Print the table of `to_text`, in colours where the terminal or notebook has them.
-
-        Args:
-            file: where to; None (default) for standard output.
-            merge: "word" or spans to `merge` first; None (default) for tokens.
-        """
-        print_text(self._merged(merge)._text(), file)
-
-    def _text(self) -> AttributionText:
-        footers = {"log probability": self.output_probs, "convergence delta": self._footer_delta()}
-        return AttributionText(
-            self._title(),
-            self.input_tokens,
-            self.output_tokens,
-            array(self.seq_attr),
-            None if self.token_attr is None else array(self.token_attr),
-            {name: array(values) for name, values in footers.items() if values is not None},
-        )
-
-    def _footer_delta(self) -> Tensor | None:
-        return self.convergence_delta
-
-    def _title(self) -> str:
-        n_input, n_output = len(self.input_tokens), len(self.output_tokens)
-        return f"{count(n_input, 'input token')} -> {count(n_output, 'output token')}"
-
     def _top(self, number: int = 3) -> str:
         values = array(self.seq_attr)
         largest = np.argsort(-np.abs(np.nan_to_num(values)), kind="stable")[:number]
@@ -293,12 +198,3 @@ class LLMAttributionResult(StoredResult, CaptumLLMAttributionResult):
         inputs = {"n_input": len(self.input_tokens), "hidden": None}
         outputs = {"n_output": len(self.output_tokens)}
         return optional_tensor(name, hidden_attr, outputs | inputs, {"sequence": 1} | inputs)
-
-
-def shown(drawn: tuple[Figure, Axes], show: bool) -> tuple[Figure, Axes] | None:
-    if not show:
-        return drawn
-    import matplotlib.pyplot as plt
-
-    plt.show()
-    return None
