@@ -10,6 +10,7 @@ from captum.attr import InterpretableInput
 from torch import Tensor
 
 from captum_llm_ext.result.layered import LLMLayerAttributionResult
+from captum_llm_ext.result.merge import Spans
 from captum_llm_ext.result.single import LLMAttributionResult
 from captum_llm_ext.result.values import checked_tensor, count, optional_tensor
 
@@ -63,6 +64,7 @@ class LLMAttentionAttributionResult(LLMLayerAttributionResult):
         (torch.Size([1, 2, 1, 2]), tensor([0.2500, 0.7500]))
     """
 
+    _computed = ("seq_attr", "token_attr", "layer_seq_attr")
     __hash__ = None
 
     def __init__(
@@ -108,7 +110,11 @@ class LLMAttentionAttributionResult(LLMLayerAttributionResult):
         )
 
     def plot_layer_attr(
-        self, show: bool = False, ax: Axes | None = None, normalize: bool = False
+        self,
+        show: bool = False,
+        ax: Axes | None = None,
+        normalize: bool = False,
+        merge: str | Spans | None = None,
     ) -> tuple[Figure, Axes] | None:
         """Plot layers by input tokens, the first layer at the bottom.
 
@@ -117,8 +123,9 @@ class LLMAttentionAttributionResult(LLMLayerAttributionResult):
             ax: axes to draw into; None (default) for a new figure.
             normalize: divide each layer by its own largest value, a dominant token left aside
                 (default False, since shares of attention compare as they are).
+            merge: "word" or spans to `merge` first; None (default) for tokens.
         """
-        return super().plot_layer_attr(show, ax, normalize)
+        return super().plot_layer_attr(show, ax, normalize, merge)
 
     def _over_layers(self, values: Tensor) -> Tensor:
         return OVER_LAYERS[self.reduction](values)

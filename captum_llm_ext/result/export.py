@@ -147,6 +147,22 @@ FIELDS: dict[str, dict[str, Field]] = {
         "layer_n_evaluations": _list_of(_COUNT),
         "layer_converged": _list_of(_FLAG),
     },
+    "LLMAttentionAttributionResult": {
+        "input_tokens": _TEXTS,
+        "output_tokens": _TEXTS,
+        "output_probs": _MAYBE_TENSOR,
+        "layer_names": _TEXTS,
+        "seq_attr": _TENSOR,
+        "token_attr": _TENSOR,
+        "layer_seq_attr": _TENSOR,
+        "layer_token_attr": _TENSOR,
+        "attention": _TENSOR,
+        "sink_attention": _TENSOR,
+        "reduction": _TEXT,
+        "heads": _list_of(_plain(int, "an integer")),
+        "prompt_attention": _MAYBE_TENSOR,
+        "prompt_tokens": _optional(_TEXTS),
+    },
 }
 
 

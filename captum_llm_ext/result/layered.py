@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 import numpy.typing as npt
 from captum.attr import InterpretableInput
@@ -71,7 +71,7 @@ class LLMLayerAttributionResult(LLMAttributionResult, Mapping[str, LLMAttributio
         tensor([2.0000, 0.5000])
     """
 
-    _computed = ("seq_attr", "token_attr")
+    _computed: ClassVar[tuple[str, ...]] = ("seq_attr", "token_attr")
     __hash__ = None  # type: ignore[assignment]
 
     def __init__(

@@ -41,7 +41,7 @@ def merged_fields(fields: dict[str, Any], merge: str | Spans, inp: Any) -> dict[
         _check_mask(inp)
     between = "" if of_text else " "
     merged = {
-        name: _MERGED[name](value, spans, fields["norm"])
+        name: _MERGED[name](value, spans, fields.get("norm"))
         for name, value in fields.items()
         if name in _MERGED and value is not None
     }
@@ -75,6 +75,7 @@ _MERGED: dict[str, Callable[[Any, Spans, str | None], Any]] = {
     "layer_seq_attr": _columns,
     "layer_token_attr": _columns,
     "hidden_attr": _hidden_of_layers,
+    "attention": _columns,
 }
 
 
