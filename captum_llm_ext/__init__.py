@@ -15,6 +15,7 @@ from captum.attr import (
 )
 
 from captum_llm_ext.attention import LLMAttentionAttribution
+from captum_llm_ext.batch import BatchReport, batch
 from captum_llm_ext.explain import explain
 from captum_llm_ext.gradient import LLMGradientAttribution
 from captum_llm_ext.inputs import TextTemplateInput, TextTokenInput, chat_input, segment_input
@@ -31,6 +32,7 @@ from captum_llm_ext.result import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "BatchReport",
     "FeatureAblation",
     "KernelShap",
     "LLMAttentionAttribution",
@@ -51,6 +53,7 @@ __all__ = [
     "ShapleyValues",
     "TextTemplateInput",
     "TextTokenInput",
+    "batch",
     "chat_input",
     "explain",
     "find_layers",
