@@ -79,9 +79,9 @@ def check_options(
     wrapper, rest = prepare(model, tokenizer, method, layers, options)
     shared = _named(wrapper.attribute) - {"inp", "target"}
     own = {name: value for name, value in rest.items() if name not in shared}
-    known = _own_options(wrapper)
+    known = _own_options(wrapper)  # of integrated gradients `method` is quadrature in `explain`
     if unknown := sorted(set(own) - known):
-        names = ", ".join(sorted(known | shared))
+        names = ", ".join(sorted(known | shared)).replace("method", "quadrature")
         raise TypeError(f"{method} does not take {', '.join(unknown)}; it takes {names}")
     if isinstance(wrapper, LLMGradientAttribution):
         with seeded():  # of a method that draws at random, a rule is a draw
@@ -92,10 +92,12 @@ def check_options(
 
 def _own_options(wrapper: Wrapper) -> set[str]:
     """The options of `attribute` that belong to the wrapped method."""
-    method = wrapper.attr_method
     if isinstance(wrapper, LLMGradientAttribution):
+        method = wrapper.attr_method
         return next(set(names) for kind, (_, names) in RULES.items() if isinstance(method, kind))
-    return _named(method.attribute) - RESERVED if isinstance(wrapper, LLMAttribution) else set()
+    if isinstance(wrapper, LLMAttribution):
+        return _named(wrapper.attr_method.attribute) - RESERVED
+    return set()
 
 
 def _named(function: Callable[..., Any]) -> set[str]:
