@@ -81,6 +81,14 @@ def test_every_token_is_shown_in_order():
     assert page.texts["outputs"] == ["whole output", " Paris", "."]
 
 
+def test_output_tokens_without_spaces_are_set_apart():
+    kinds = [
+        [span.get("class") for tag, span in Page(html).elements if tag == "span"][1]
+        for html in (result_of(WORDS, outputs).to_html() for outputs in (["a", "b"], ["a", "Ġb"]))
+    ]
+    assert kinds == ["apart", None]
+
+
 def test_without_scripts_the_prompt_has_the_colours_of_the_plots():
     result = result_of(WORDS, ["a"])
     scale = ColorScale.of(result.seq_attr.numpy())

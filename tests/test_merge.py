@@ -7,6 +7,8 @@ import importlib
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from captum_llm_ext import (
     LayerGradientXActivation,
@@ -93,6 +95,17 @@ def test_attributions_of_a_word_are_the_sum_of_its_tokens():
     assert merged.seq_attr.tolist() == [1.0, 4.0]
     assert merged.token_attr.tolist() == [[1.0, 4.0], [7.0, -1.0]]
     assert merged.output_tokens == result().output_tokens
+
+
+@given(st.lists(st.text(max_size=4) | st.sampled_from(["ðŁ", "ĺ", "Ģ", "Ġa", "'"]), min_size=1))
+def test_merging_keeps_the_text_and_the_sums(tokens):
+    values = torch.arange(1.0, len(tokens) + 1)
+    merged = LLMAttributionResult(
+        input_tokens=["Ġ", *tokens], output_tokens=["b"], seq_attr=torch.cat([values[:1], values])
+    ).merge()
+    assert "".join(merged.input_tokens) == "".join(token_texts(["Ġ", *tokens]))
+    assert merged.seq_attr.sum() == 1 + values.sum()
+    assert all(merged.input_tokens)
 
 
 @pytest.mark.parametrize(("norm", "value"), [("l1", 7.0), ("l2", 5.0), ("linf", 4.0)])

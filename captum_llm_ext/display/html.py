@@ -153,8 +153,11 @@ def _input(text: str, value: float, color: Color, scale: ColorScale) -> str:
 def _outputs(tokens: Sequence[str], footers: Mapping[str, FloatArray]) -> str:
     sequence, *of_tokens = _remarks(len(tokens), footers)
     whole = f'<span class="whole shown"{sequence}>whole output</span>'
-    pieces = zip(_texts(tokens), of_tokens, strict=True)
-    return whole + "".join(f"<span{remark}>{text}</span>" for text, remark in pieces)
+    texts = _texts(tokens)
+    # tokens of a target may come without their spaces
+    kind = "" if any(text.startswith(" ") for text in texts) else ' class="apart"'
+    pieces = zip(texts, of_tokens, strict=True)
+    return whole + "".join(f"<span{kind}{remark}>{text}</span>" for text, remark in pieces)
 
 
 def _remarks(n_output: int, footers: Mapping[str, FloatArray]) -> list[str]:
