@@ -11,6 +11,7 @@ from captum.attr import (
     FeatureAblation,
     InterpretableInput,
     KernelShap,
+    LayerConductance,
     LayerGradientShap,
     LayerGradientXActivation,
     LayerIntegratedGradients,
@@ -45,6 +46,7 @@ GRADIENT_METHODS: dict[str, Callable[..., Any]] = {
     "ig": _integrated_gradients,
     "gradxact": LayerGradientXActivation,
     "gradshap": LayerGradientShap,
+    "conductance": LayerConductance,
 }
 PERTURBATION_METHODS: dict[str, Callable[[nn.Module], Any]] = {
     "ablation": FeatureAblation,
@@ -84,14 +86,15 @@ def explain(
         target: the continuation to attribute, a string or token ids of shape (n_output,).
             Default: what the model generates.
         method: with gradients, "saliency" (L1 norm of the gradient, the default), "ig" (integrated
-            gradients), "gradxact" (gradient x activation) or "gradshap" (gradient SHAP); by
+            gradients), "gradxact" (gradient x activation), "gradshap" (gradient SHAP) or
+            "conductance" (of layers, along the path of the embeddings); by
             perturbation, "ablation", "shapley", "shapley_sampling", "lime" or "kernelshap"; or
             "attention", the attention weights (with `heads` and `reduction`).
         layers: for the methods with gradients and "attention", a module, a name, a pattern such as
             ``"model.layers.*.mlp"``, or a list of these. Default: the input embeddings; for
             "attention", every layer that has it.
-        quadrature: of "ig" (where `attribute` calls it `method`): "gausslegendre" (the default), a
-            Riemann rule, or "adaptive" with ``tol=0.05``.
+        quadrature: of "ig" and "conductance" (where `attribute` calls it `method`):
+            "gausslegendre" (the default), a Riemann rule, or "adaptive" with ``tol=0.05``.
         **kwargs: `attr_target` ("log_prob", the default, "prob" or "logit"; by perturbation "rank"
             too) and, of "saliency", `norm` ("l1", the default, "l2" or "linf"). All others go to
             ``attribute`` of `LLMGradientAttribution`, `LLMAttribution` or
@@ -136,8 +139,8 @@ def prepare(
     wrapper = _wrapper(model, tokenizer, method, layers, own, settings)
     quadrature = rest.pop("quadrature", None)
     if quadrature is not None:
-        if method != "ig":
-            raise ValueError(f"quadrature belongs to method 'ig', got method {method!r}")
+        if method not in ("ig", "conductance"):
+            raise ValueError(f"quadrature belongs to 'ig' and 'conductance', got {method!r}")
         rest["method"] = quadrature
     return wrapper, rest
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from captum.attr import LayerConductance
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -38,7 +39,7 @@ from captum_llm_ext.compat import (
     GradientAttribution,
     InterpretableInput,
 )
-from captum_llm_ext.differentiate import attribute_layers
+from captum_llm_ext.differentiate import attribute_layers, holds_whole_state, is_conductance
 from captum_llm_ext.forward_mode import is_cheaper
 from captum_llm_ext.hooks import evaluating, frozen_parameters, without_checkpointing
 from captum_llm_ext.inputs import Features, baseline_tokens, read_features
@@ -70,9 +71,9 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
     A drop-in replacement for ``captum.attr.LLMGradientAttribution``.
 
     Args:
-        attr_method: `LayerIntegratedGradients`, `LayerGradientXActivation`, `LayerGradientShap`
-            (Captum's classes) or `LayerSaliency`, made with the model and a layer, a list of
-            layers, or names and patterns of layers (see `find_layers`).
+        attr_method: `LayerIntegratedGradients`, `LayerGradientXActivation`, `LayerGradientShap`,
+            `LayerConductance` (Captum's classes) or `LayerSaliency`, made with the model and a
+            layer, a list of layers, or names and patterns of layers (see `find_layers`).
         tokenizer: the model's tokenizer.
         attr_target: what is attributed of each target token: "log_prob" (natural logarithm, the
             default), "prob" or "logit". The sequence score is the sum over target tokens; for
@@ -172,10 +173,12 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
             return_convergence_delta: accepted for Captum's sake; the delta is on the result.
             attribute_to_layer_input: attribute to the layers' input instead of their output.
             grad_kwargs: further arguments of ``torch.autograd.grad``.
-            **method_options: the method's own. Of LayerIntegratedGradients `n_steps` (50) and
-                `method`: "gausslegendre", one of Captum's Riemann rules, or "adaptive", which
-                takes the gradient where the path needs it until the attributions sum to the score
-                difference within `tol` (0.05, relative) or `max_rows` (1000) points are spent. Of
+            **method_options: the method's own. Of LayerIntegratedGradients and LayerConductance
+                `n_steps` (50) and `method`: "gausslegendre", one of Captum's Riemann rules, or
+                "adaptive", which takes the gradient where the path needs it until the attributions
+                sum to the score difference within `tol` (0.05, relative) or `max_rows` (1000)
+                points are spent (LayerConductance: at the embeddings and decoder blocks, since
+                the rest of a score does not pass through a part of a block). Of
                 LayerGradientShap `n_samples` (5) and `stdevs` (0.0, of noise on the layer).
 
         Returns:
@@ -199,6 +202,8 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
         _check_choices(layer_mode, num_trials, internal_batch_size, grad_kwargs, dtype)
         with _differentiable(self.model):
             rule = read_rule(self.attr_method, method_options)
+            if layer_mode == "joint" and is_conductance(rule):
+                raise ValueError("LayerConductance reads its layers: layer_mode='joint' moves them")
             warn_of_dropout(self.model)
             device = input_device(self.model, self.device)
             features = read_features(inp, self.tokenizer, device)
@@ -238,7 +243,7 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
             ]
             more = [read_rule(self.attr_method, method_options) for _ in starts[1:]]
             totals = _Job(forcing, sites, plan).run([rule, *more], starts, show_progress)
-            return self._result(totals, features, tokens, inp, plan, layer_mode)
+            return self._result(sites, totals, features, tokens, inp, plan, layer_mode)
 
     def _teacher_forcing(
         self,
@@ -290,6 +295,7 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
 
     def _result(
         self,
+        sites: Sequence[Site],
         totals: Mapping[Site, LayerTotal],
         features: Features,
         tokens: list[str],
@@ -297,13 +303,17 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
         plan: Plan,
         layer_mode: str,
     ) -> LLMAttributionResult:
-        by_site = {
+        columns = {
             site: layer_columns(total, features, plan.per_token, plan.keep_hidden)
             for site, total in totals.items()
         }
+        by_site = {site: columns[site] for site in sites}
+        checked = list(by_site.values())
+        if isinstance(self.attr_method, LayerConductance):
+            checked = [x for site, x in columns.items() if holds_whole_state(site, self.model)]
         check_totals(totals)
         warn_of_zeros(totals)
-        warn_unless_converged(list(by_site.values()), plan.joint, tokens)
+        warn_unless_converged(checked, plan.joint, tokens)
         if self._several:
             return layered_result(by_site, layer_mode, features, tokens, inp)
         return single_result(next(iter(by_site.values())), features, tokens, inp)
@@ -327,7 +337,7 @@ class _Job:
                 attribute_layers(self.forcing, rule, self.sites, start, plan)
                 for rule, start in zip(rules, starts, strict=True)
             ]
-        return {site: LayerTotal.mean([run[site] for run in runs]) for site in self.sites}
+        return {site: LayerTotal.mean([run[site] for run in runs]) for site in runs[0]}
 
     def _rows(self, rule: Rule) -> int:
         """Rows that the rule will differentiate."""

@@ -299,7 +299,7 @@ def test_perturbation_method(run):
         (("--method", "attention", "--attr-target", "logit"), "does not take attr_target"),
         (("--method", "ablation", "--heads", "1"), "does not take heads"),
         (("--method", "ig", "--norm", "l2"), "does not take norm"),
-        (("--adaptive",), "quadrature belongs to method 'ig'"),
+        (("--adaptive",), "quadrature belongs to 'ig' and"),
         (("--baseline", "pad"), "baselines mean nothing to saliency"),
         (("--values", "x"), "the template leaves out value 0"),
         (("--values", "x", "--chat"), "exclude each other"),

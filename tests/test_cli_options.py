@@ -281,6 +281,7 @@ def test_every_plot(folder, tmp_path, monkeypatch, plot):
     monkeypatch.setitem(outputs.PLOTS, plot, spy)
     path = tmp_path / "plot.png"
     given = [PROMPT, "--target", TARGET, "--model", str(folder), "--layers", "q_proj", "mlp"]
+    given += ["--method", "ig", "--n-steps", "4", "--layer-mode", "joint"]  # a path in common
     assert cli.main([*given, "--plot", plot, "--out", str(path)]) == 0
     assert drawn == [plot]
     assert path.stat().st_size > 1000

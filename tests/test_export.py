@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from captum_llm_ext import LayerSaliency, LLMGradientAttribution, TextTokenInput, explain
+from captum_llm_ext import LayerSaliency, LLMGradientAttribution, TextTokenInput
 from captum_llm_ext.result import LLMAttributionResult, LLMLayerAttributionResult
 from tests.families import tiny_model, tiny_tokenizer
 from tests.result_cases import layered_results, single_results
@@ -286,19 +286,3 @@ def test_arrays_go_through_a_numpy_file(tmp_path):
         for name, values in arrays.items():
             np.testing.assert_array_equal(read[name], values)
     assert "convergence_delta" not in SINGLE.to_numpy()
-
-
-@pytest.mark.parametrize("whole", [False, True])
-def test_attention_round_trip(whole):
-    """What the reduction computes is stored too, and `merge` sums the attention of a word."""
-    result = explain(
-        tiny_model("llama"),
-        tiny_tokenizer(),
-        "Palm Coast",
-        " golf",
-        "attention",
-        heads=[0, 2],
-        include_prompt_attention=whole,
-    )
-    assert LLMAttributionResult.from_json(result.to_json()) == result
-    assert torch.equal(result.merge([(1, 3)]).attention[..., 1], result.attention[..., 1:].sum(-1))

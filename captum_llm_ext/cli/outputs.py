@@ -30,8 +30,8 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--plot",
         choices=PLOTS,
-        help="what a picture shows: the sequence, each target token, or each layer (default: the "
-        "last of them that there is)",
+        help="what a picture shows: the attribution of the sequence, of each target token or of each "
+        "layer (default: the last of these that there is), or the score along the path",
     )
     add("--merge", choices=["word"], help="show words of several tokens as one")
     add("--long", action="store_true", default=False, help="one attribution per row of a .csv file")
@@ -120,6 +120,7 @@ PLOTS: dict[str, Callable[[Any], Any]] = {
     "sequence": lambda result: result.plot_seq_attr(),
     "token": lambda result: result.plot_token_attr(),
     "layer": _plot_layers,
+    "path": lambda result: result.plot_path(),
 }
 OUTPUTS: dict[str, Callable[[Any, Path, argparse.Namespace], object]] = {
     ".png": _write_picture,

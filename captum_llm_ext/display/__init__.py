@@ -7,6 +7,7 @@ A further format belongs beside `terminal` and `html`, built on the same `tokens
 from __future__ import annotations
 
 from captum_llm_ext.display.html import View, render_document, render_view
+from captum_llm_ext.display.paths import draw_path
 from captum_llm_ext.display.plots import draw_bars, draw_heat_map
 from captum_llm_ext.display.scale import ColorScale, relative_to_rows
 from captum_llm_ext.display.shaded import draw_shaded_text
@@ -28,6 +29,7 @@ __all__ = [
     "distinct_names",
     "draw_bars",
     "draw_heat_map",
+    "draw_path",
     "draw_shaded_text",
     "print_text",
     "readable_token",

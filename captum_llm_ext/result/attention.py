@@ -9,6 +9,7 @@ import numpy.typing as npt
 from captum.attr import InterpretableInput
 from torch import Tensor
 
+from captum_llm_ext.result.export import fields_of
 from captum_llm_ext.result.layered import LLMLayerAttributionResult
 from captum_llm_ext.result.merge import Spans
 from captum_llm_ext.result.single import LLMAttributionResult
@@ -17,6 +18,7 @@ from captum_llm_ext.result.values import checked_tensor, count, optional_tensor
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from typing_extensions import Self
 
 OVER_LAYERS: dict[str, Callable[[Tensor], Tensor]] = {
     "mean": lambda values: values.mean(0),
@@ -64,7 +66,7 @@ class LLMAttentionAttributionResult(LLMLayerAttributionResult):
         (torch.Size([1, 2, 1, 2]), tensor([0.2500, 0.7500]))
     """
 
-    _computed = ("seq_attr", "token_attr", "layer_seq_attr")
+    _computed = ()
     __hash__ = None
 
     def __init__(
@@ -108,6 +110,15 @@ class LLMAttentionAttributionResult(LLMLayerAttributionResult):
         self.prompt_attention = optional_tensor(
             "prompt_attention", prompt_attention, per_head | {"queries": n_prompt, "keys": n_prompt}
         )
+
+    def merge(self, spans: str | Spans = "word") -> Self:
+        """The same with several input tokens as one, whose attention is the sum of theirs."""
+        merged = super().merge(spans)
+        if self.reduction != "max":
+            return merged
+        fields = {name: getattr(merged, name) for name in fields_of(merged)}
+        # the largest sum is not the sum of the largest
+        return type(self)(**fields | {"layer_token_attr": merged.attention.amax(1)})
 
     def plot_layer_attr(
         self,

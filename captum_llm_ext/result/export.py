@@ -130,6 +130,7 @@ _OF_EVERY_RESULT = {
 }
 _OF_ONE_LAYER = _OF_EVERY_RESULT | {
     "hidden_attr": _MAYBE_TENSOR,
+    "score_path": _MAYBE_TENSOR,
     "n_evaluations": _COUNT,
     "converged": _FLAG,
 }
@@ -146,15 +147,12 @@ FIELDS: dict[str, dict[str, Field]] = {
         "hidden_attr": _optional(_dict_of(_MAYBE_TENSOR)),
         "layer_n_evaluations": _list_of(_COUNT),
         "layer_converged": _list_of(_FLAG),
+        "layer_score_paths": _list_of(_MAYBE_TENSOR),
     },
     "LLMAttentionAttributionResult": {
         "input_tokens": _TEXTS,
         "output_tokens": _TEXTS,
-        "output_probs": _MAYBE_TENSOR,
         "layer_names": _TEXTS,
-        "seq_attr": _TENSOR,
-        "token_attr": _TENSOR,
-        "layer_seq_attr": _TENSOR,
         "layer_token_attr": _TENSOR,
         "attention": _TENSOR,
         "sink_attention": _TENSOR,
@@ -162,6 +160,7 @@ FIELDS: dict[str, dict[str, Field]] = {
         "heads": _list_of(_plain(int, "an integer")),
         "prompt_attention": _MAYBE_TENSOR,
         "prompt_tokens": _optional(_TEXTS),
+        "output_probs": _MAYBE_TENSOR,
     },
 }
 

@@ -20,6 +20,7 @@ from captum_llm_ext.result.values import (
     array,
     checked_tensor,
     count,
+    equal,
     optional_tensor,
     token_list,
 )
@@ -53,6 +54,8 @@ class LLMLayerAttributionResult(LLMAttributionResult, Mapping[str, LLMAttributio
         inp: the interpretable input explained, or None (default).
         layer_n_evaluations, layer_converged: of each layer, the points of its path whose gradient
             was taken, and whether adaptive quadrature met its tolerance; None (default).
+        layer_score_paths: of each layer, points of its path and the sequence score there, shape
+            (2, n_points); None (default).
         norm: of gradients of which the values are, or None (default) where they add up.
 
     Raises:
@@ -90,11 +93,13 @@ class LLMLayerAttributionResult(LLMAttributionResult, Mapping[str, LLMAttributio
         layer_n_evaluations: Sequence[int | None] | None = None,
         layer_converged: Sequence[bool | None] | None = None,
         norm: str | None = None,
+        layer_score_paths: Sequence[Tensor | None] | None = None,
     ) -> None:
         self.layer_names = _distinct_layer_names(layer_names)
         n_layers = len(self.layer_names)
         self.layer_n_evaluations = _per_layer("layer_n_evaluations", layer_n_evaluations, n_layers)
         self.layer_converged = _per_layer("layer_converged", layer_converged, n_layers)
+        self.layer_score_paths = _per_layer("layer_score_paths", layer_score_paths, n_layers)
         self.layer_mode = _layer_mode(layer_mode)
         layers, inputs = {"n_layers": len(self.layer_names)}, {"n_input": len(input_tokens)}
         outputs = {"n_output": len(output_tokens)}
@@ -114,6 +119,7 @@ class LLMLayerAttributionResult(LLMAttributionResult, Mapping[str, LLMAttributio
             n_evaluations=_sum_of_known(self.layer_n_evaluations),
             converged=_all_of_known(self.layer_converged),
             norm=norm,
+            score_path=_common_path(self.layer_score_paths),
         )
         rows = layers if layer_mode == "independent" else {}
         self.convergence_delta = optional_tensor(
@@ -144,6 +150,7 @@ class LLMLayerAttributionResult(LLMAttributionResult, Mapping[str, LLMAttributio
             n_evaluations=self.layer_n_evaluations[place],
             converged=self.layer_converged[place],
             norm=self.norm,
+            score_path=self.layer_score_paths[place],
         )
 
     def __iter__(self) -> Iterator[str]:
@@ -250,6 +257,11 @@ def _per_layer(name: str, values: Sequence[_T | None] | None, n_layers: int) -> 
             f"{name}: expected one value for each of {count(n_layers, 'layer')}, got {len(listed)}"
         )
     return listed
+
+
+def _common_path(paths: Sequence[Tensor | None]) -> Tensor | None:
+    """The path that all layers share, as those of conductance and joint ones do."""
+    return paths[0] if all(equal(path, paths[0]) for path in paths) else None
 
 
 def _sum_of_known(counts: Sequence[int | None]) -> int | None:

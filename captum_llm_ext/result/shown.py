@@ -12,6 +12,7 @@ from captum_llm_ext.display import (
     View,
     draw_bars,
     draw_heat_map,
+    draw_path,
     draw_shaded_text,
     print_text,
     render_document,
@@ -34,6 +35,7 @@ class ShownResult:
 
     input_tokens: list[str]
     output_tokens: list[str]
+    score_path: Tensor | None
 
     if TYPE_CHECKING:
 
@@ -85,6 +87,28 @@ class ShownResult:
         values, rows = array(result.token_attr), result.output_tokens
         drawn = draw_heat_map(values, rows, result.input_tokens, "Token Attribution", ax)
         return shown(drawn, show)
+
+    def plot_path(self, show: bool = False, ax: Axes | None = None) -> tuple[Figure, Axes] | None:
+        """Plot the sequence score along the path from baseline (0) to input (1).
+
+        Each dot is a point at which the model was run; "adaptive" takes more where the score moves.
+        Attributions are sums of gradients over this path: where it leaps between two dots, they
+        have missed it.
+
+        Args:
+            show: True shows the plot and returns None; False (default) returns (figure, axes).
+            ax: axes to draw into; None (default) for a new figure.
+
+        Raises:
+            ValueError: the method has no path, or each of several layers has its own.
+        """
+        if self.score_path is None:
+            raise ValueError(
+                "there is no path to plot: expected a result of integrated gradients or "
+                "conductance; of several layers, plot one: result[name].plot_path()"
+            )
+        points, scores = array(self.score_path)
+        return shown(draw_path(points, scores, ax), show)
 
     def to_text(
         self, color: bool = True, width: int | None = None, merge: str | Spans | None = None

@@ -50,6 +50,8 @@ class LLMAttributionResult(ShownResult, StoredResult, CaptumLLMAttributionResult
             hidden), or (1, n_input, hidden) for the sequence alone; None (default) if not kept.
         n_evaluations: points of the path whose gradient was taken, or None (default).
         converged: whether adaptive quadrature met its tolerance, or None (default).
+        score_path: points of the path and the sequence score there, shape (2, n_points), or None
+            (default); see `plot_path`.
         norm: of gradients of which the values are, "l1", "l2" or "linf"; None (default) for
             attributions that add up.
 
@@ -87,6 +89,7 @@ class LLMAttributionResult(ShownResult, StoredResult, CaptumLLMAttributionResult
         n_evaluations: int | None = None,
         converged: bool | None = None,
         norm: str | None = None,
+        score_path: Tensor | None = None,
     ) -> None:
         self.n_evaluations, self.converged, self.norm = n_evaluations, converged, known_norm(norm)
         super().__init__(
@@ -102,6 +105,7 @@ class LLMAttributionResult(ShownResult, StoredResult, CaptumLLMAttributionResult
             "convergence_delta", convergence_delta, {"n_output": n_output}, {"sequence": 1}
         )
         self._hidden_attr: Any = self._checked_hidden("hidden_attr", hidden_attr)
+        self.score_path = optional_tensor("score_path", score_path, {"rows": 2, "points": None})
 
     @property
     def seq_attr(self) -> Tensor:
