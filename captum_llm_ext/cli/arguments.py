@@ -100,8 +100,8 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
         choices=METHODS,
         default="saliency",
         help="saliency: norm of the gradient; ig: integrated gradients; gradxact: gradient x "
-        "activation; gradshap: gradient SHAP; attention: the attention weights; others perturb "
-        "the prompt (default: %(default)s)",
+        "activation; gradshap: gradient SHAP; conductance: of layers, along the path of the "
+        "embeddings; attention: the attention weights; others perturb the prompt (default: %(default)s)",
     )
     add(
         "--layers",
@@ -149,7 +149,7 @@ def _add_path_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         type=_baseline,
         metavar="NAME",
-        help="where the path of ig and gradshap starts: pad, eos, unk, zero, mean, nearest, a "
+        help="where the path of ig, conductance and gradshap starts: pad, eos, unk, zero, mean, nearest, a "
         "token or its id (default: 0), several to average over; of perturbations of tokens what "
         "stands for an absent one; of --values one for each",
     )
@@ -158,12 +158,12 @@ def _add_path_arguments(parser: argparse.ArgumentParser) -> None:
         "--steps",
         type=_positive,
         metavar="N",
-        help="steps of integrated gradients (default: 50)",
+        help="steps of ig and conductance (default: 50)",
     )
     add(
         "--quadrature",
         choices=(ADAPTIVE, *FIXED_RULES),
-        help="rule of integrated gradients; adaptive takes gradients where the path needs them, "
+        help="their rule; adaptive takes gradients where the path needs them, "
         "until the attributions sum to the score difference within --tol (default: gausslegendre)",
     )
     add(
@@ -171,7 +171,7 @@ def _add_path_arguments(parser: argparse.ArgumentParser) -> None:
         dest="quadrature",
         action="store_const",
         const=ADAPTIVE,
-        help="the same, short",
+        help="short for --quadrature adaptive",
     )
     add("--tol", type=float, metavar="X", help="of adaptive quadrature (default: 0.05)")
     add("--max-rows", type=_positive, metavar="N", help="most points of it (default: 1000)")

@@ -32,7 +32,12 @@ several processes, each with a GPU of its own where there are any:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of many attributions."""
-    parser = Parser(prog="captum-llm-ext batch", description=DESCRIPTION, epilog=EXAMPLES)
+    parser = Parser(
+        prog="captum-llm-ext batch",
+        usage="%(prog)s PROMPTS --out FILE [options]",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+    )
     parser.add_argument("prompts", help="a JSONL file")
     parser.add_argument(
         "--out", required=True, metavar="FILE", help="a new file, .jsonl or .parquet"

@@ -38,7 +38,12 @@ many prompts (captum-llm-ext batch --help):
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of one attribution."""
-    parser = Parser(prog="captum-llm-ext", description=DESCRIPTION, epilog=EXAMPLES)
+    parser = Parser(
+        prog="captum-llm-ext",
+        usage="%(prog)s PROMPT [options]",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+    )
     parser.add_argument("prompt", help="the text, or the template of --values")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     add_model_arguments(parser)

@@ -30,7 +30,7 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--plot",
         choices=PLOTS,
-        help="what a picture shows: the attribution of the sequence, of each target token or of each "
+        help="what a picture shows: attributions of the sequence, of each target token or of each "
         "layer (default: the last of these that there is), or the score along the path",
     )
     add("--merge", choices=["word"], help="show words of several tokens as one")
