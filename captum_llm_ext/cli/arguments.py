@@ -101,7 +101,8 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
         default="saliency",
         help="saliency: norm of the gradient; ig: integrated gradients; gradxact: gradient x "
         "activation; gradshap: gradient SHAP; conductance: of layers, along the path of the "
-        "embeddings; attention: the attention weights; others perturb the prompt (default: %(default)s)",
+        "embeddings; attention: the attention weights; others perturb the prompt "
+        "(default: %(default)s)",
     )
     add(
         "--layers",
@@ -149,9 +150,9 @@ def _add_path_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         type=_baseline,
         metavar="NAME",
-        help="where the path of ig, conductance and gradshap starts: pad, eos, unk, zero, mean, nearest, a "
-        "token or its id (default: 0), several to average over; of perturbations of tokens what "
-        "stands for an absent one; of --values one for each",
+        help="where the path of ig, conductance and gradshap starts: pad, eos, unk, zero, mean, "
+        "nearest, a token or its id (default: 0), several to average over; of perturbations of "
+        "tokens what stands for an absent one; of --values one for each",
     )
     add(
         "--n-steps",
