@@ -27,6 +27,7 @@ from captum_llm_ext.inputs import TextTokenInput, chat_input
 from captum_llm_ext.methods import LayerSaliency
 from captum_llm_ext.perturbation import LLMAttribution
 from captum_llm_ext.result import LLMAttributionResult
+from captum_llm_ext.two_stage import TwoStageAblation
 
 Message: TypeAlias = Mapping[str, str]
 Prompt: TypeAlias = str | Sequence[Message] | InterpretableInput
@@ -50,6 +51,7 @@ GRADIENT_METHODS: dict[str, Callable[..., Any]] = {
 }
 PERTURBATION_METHODS: dict[str, Callable[[nn.Module], Any]] = {
     "ablation": FeatureAblation,
+    "two_stage": TwoStageAblation,
     "shapley": ShapleyValues,
     "shapley_sampling": ShapleyValueSampling,
     "lime": Lime,
@@ -88,8 +90,9 @@ def explain(
         method: with gradients, "saliency" (L1 norm of the gradient, the default), "ig" (integrated
             gradients), "gradxact" (gradient x activation), "gradshap" (gradient SHAP) or
             "conductance" (of layers, along the path of the embeddings); by
-            perturbation, "ablation", "shapley", "shapley_sampling", "lime" or "kernelshap"; or
-            "attention", the attention weights (with `heads` and `reduction`).
+            perturbation, "ablation", "two_stage" (ablation in two contexts), "shapley",
+            "shapley_sampling", "lime" or "kernelshap"; or "attention", the attention weights (with
+            `heads` and `reduction`).
         layers: for the methods with gradients and "attention", a module, a name, a pattern such as
             ``"model.layers.*.mlp"``, or a list of these. Default: the input embeddings; for
             "attention", every layer that has it.
