@@ -19,7 +19,7 @@ from captum_llm_ext.checks import check_counts
 from captum_llm_ext.coalitions import Coalitions
 from captum_llm_ext.compat import CaptumTextTokenInput, InterpretableInput
 from captum_llm_ext.display import draw_measures
-from captum_llm_ext.explain import GRADIENT_METHODS, METHODS, Prompt, _as_input, explain
+from captum_llm_ext.explain import GRADIENT_METHODS, METHODS, Prompt, as_input, explain
 from captum_llm_ext.metrics.curves import FRACTIONS, MEASURES
 from captum_llm_ext.metrics.faithfulness import Faithfulness
 from captum_llm_ext.metrics.removal import MOST_STEPS, Removal, feature_attr, open_coalitions
@@ -181,7 +181,7 @@ def compare_methods(
     rows: list[dict[str, Any]] = []
     pairs = list(zip(prompts, _targets(prompts, targets), strict=True))
     for number, (prompt, target) in enumerate(tqdm(pairs, disable=not show_progress)):
-        inp = _as_input(prompt, tokenizer)
+        inp = as_input(prompt, tokenizer)
         asked = open_coalitions(
             model,
             tokenizer,
