@@ -82,8 +82,9 @@ def same(result: Any, expected: Any) -> bool:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method(stored, loaded, method):
-    result = stored(PROMPT, "--target", TARGET, "--method", method, "--seed", "3")
-    assert same(result, python(loaded, PROMPT, TARGET, method))
+    short = "Palm Coast"  # Shapley values take every permutation of its tokens
+    result = stored(short, "--target", TARGET, "--method", method, "--seed", "3")
+    assert same(result, python(loaded, short, TARGET, method))
 
 
 @pytest.mark.parametrize(
