@@ -15,6 +15,7 @@ from captum.attr import (
 )
 
 from captum_llm_ext.attention import LLMAttentionAttribution
+from captum_llm_ext.batch import BatchReport, batch
 from captum_llm_ext.explain import explain
 from captum_llm_ext.gradient import LLMGradientAttribution
 from captum_llm_ext.inputs import (
@@ -39,6 +40,7 @@ from captum_llm_ext.two_stage import TwoStageAblation
 __version__ = "0.1.0"
 
 __all__ = [
+    "BatchReport",
     "FeatureAblation",
     "KernelShap",
     "LLMAttentionAttribution",
@@ -60,6 +62,7 @@ __all__ = [
     "TextTemplateInput",
     "TextTokenInput",
     "TwoStageAblation",
+    "batch",
     "chat_input",
     "compare_methods",
     "explain",

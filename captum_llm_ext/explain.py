@@ -33,6 +33,7 @@ from captum_llm_ext.two_stage import TwoStageAblation
 Message: TypeAlias = Mapping[str, str]
 Prompt: TypeAlias = str | Sequence[Message] | InterpretableInput
 Layers: TypeAlias = nn.Module | str | Sequence[nn.Module | str]
+Wrapper: TypeAlias = LLMGradientAttribution | LLMAttribution | LLMAttentionAttribution
 
 
 def _integrated_gradients(model: nn.Module, layer: Any) -> LayerIntegratedGradients:
@@ -42,7 +43,7 @@ def _integrated_gradients(model: nn.Module, layer: Any) -> LayerIntegratedGradie
         return LayerIntegratedGradients(model, layer)
 
 
-GRADIENT_METHODS: dict[str, Callable[[nn.Module, Any], Any]] = {
+GRADIENT_METHODS: dict[str, Callable[..., Any]] = {
     "saliency": LayerSaliency,
     "ig": _integrated_gradients,
     "gradxact": LayerGradientXActivation,
@@ -57,6 +58,9 @@ PERTURBATION_METHODS: dict[str, Callable[[nn.Module], Any]] = {
     "lime": Lime,
     "kernelshap": KernelShap,
 }
+# What LayerSaliency and Captum's wrappers are made with, as no options of `attribute`.
+METHOD_SETTINGS: dict[str, tuple[str, ...]] = {"saliency": ("norm",)}
+WRAPPER_SETTINGS = ("attr_target",)
 # Wrappers that need no method of Captum's, and what they are made with besides model and layers.
 READOUT_METHODS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
     "attention": (LLMAttentionAttribution, ("heads", "reduction")),
@@ -99,7 +103,9 @@ def explain(
             "gausslegendre" (the default), a Riemann rule, or "adaptive" with ``tol=0.05``.
         context: of a question answering model, the text that the answer is part of; the prompt is
             the question.
-        **kwargs: go to ``attribute`` of `LLMGradientAttribution`, `LLMAttribution` or
+        **kwargs: `attr_target` ("log_prob", the default, "prob" or "logit"; by perturbation "rank"
+            too) and, of "saliency", `norm` ("l1", the default, "l2" or "linf"). All others go to
+            ``attribute`` of `LLMGradientAttribution`, `LLMAttribution` or
             `LLMAttentionAttribution`, for example ``n_steps=100``, ``n_samples=50`` or
             ``gen_args={"max_new_tokens": 10}``.
 
@@ -122,15 +128,34 @@ def explain(
     Source: Kokhlikyan et al., "Captum" (2020), arXiv:2009.07896; Miglani et al., "Using Captum to
     explain generative language models" (2023), arXiv:2312.05491.
     """
-    _, made_with = READOUT_METHODS.get(method, (None, ()))
-    settings = {name: kwargs.pop(name) for name in made_with if name in kwargs}
-    wrapper = _wrapper(model, tokenizer, method, layers, settings)
+    options = {"quadrature": quadrature, **kwargs}
+    wrapper, options = prepare(model, tokenizer, method, layers, options)
+    inp = as_input(prompt, tokenizer, context, task_of(model) is TASKS[QA])
+    return wrapper.attribute(inp, target=target, **options)
+
+
+def prepare(
+    model: nn.Module,
+    tokenizer: Any,
+    method: str,
+    layers: Layers | None,
+    options: Mapping[str, Any],
+) -> tuple[Wrapper, dict[str, Any]]:
+    """The wrapper of a method, and those of the options of `explain` that its `attribute` takes."""
+    rest = dict(options)
+    own = _taken_out(rest, METHOD_SETTINGS.get(method, ()))
+    settings = _taken_out(rest, READOUT_METHODS.get(method, (None, WRAPPER_SETTINGS))[1])
+    wrapper = _wrapper(model, tokenizer, method, layers, own, settings)
+    quadrature = rest.pop("quadrature", None)
     if quadrature is not None:
         if method not in ("ig", "conductance"):
             raise ValueError(f"quadrature belongs to 'ig' and 'conductance', got {method!r}")
-        kwargs["method"] = quadrature
-    inp = as_input(prompt, tokenizer, context, task_of(model) is TASKS[QA])
-    return wrapper.attribute(inp, target=target, **kwargs)
+        rest["method"] = quadrature
+    return wrapper, rest
+
+
+def _taken_out(options: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    return {name: options.pop(name) for name in names if name in options}
 
 
 def _wrapper(
@@ -138,13 +163,16 @@ def _wrapper(
     tokenizer: Any,
     method: str,
     layers: Layers | None,
+    own: Mapping[str, Any],
     settings: Mapping[str, Any],
-) -> LLMGradientAttribution | LLMAttribution | LLMAttentionAttribution:
+) -> Wrapper:
     if method in READOUT_METHODS:
-        return READOUT_METHODS[method][0](model, tokenizer, layers, **settings)
+        wrapper: Wrapper = READOUT_METHODS[method][0](model, tokenizer, layers, **settings)
+        return wrapper
     if method in GRADIENT_METHODS:
         layer = _input_embeddings(model) if layers is None else layers
-        return LLMGradientAttribution(GRADIENT_METHODS[method](model, layer), tokenizer)
+        attr_method = GRADIENT_METHODS[method](model, layer, **own)
+        return LLMGradientAttribution(attr_method, tokenizer, **settings)
     if method not in PERTURBATION_METHODS:
         raise ValueError(f"expected method to be one of {', '.join(METHODS)}; got {method!r}")
     if layers is not None:
@@ -152,7 +180,7 @@ def _wrapper(
             f"{method} perturbs the prompt and has no layers: leave out layers, or choose one of "
             f"{', '.join((*GRADIENT_METHODS, *READOUT_METHODS))}"
         )
-    return LLMAttribution(PERTURBATION_METHODS[method](model), tokenizer)
+    return LLMAttribution(PERTURBATION_METHODS[method](model), tokenizer, **settings)
 
 
 def as_input(
