@@ -26,6 +26,7 @@ from captum_llm_ext.inputs import (
 )
 from captum_llm_ext.layers import find_layers
 from captum_llm_ext.methods import LayerSaliency
+from captum_llm_ext.metrics import compare_methods, faithfulness
 from captum_llm_ext.models import load_demo_model, load_model
 from captum_llm_ext.perturbation import LLMAttribution
 from captum_llm_ext.result import (
@@ -33,6 +34,7 @@ from captum_llm_ext.result import (
     LLMAttributionResult,
     LLMLayerAttributionResult,
 )
+from captum_llm_ext.two_stage import TwoStageAblation
 
 __version__ = "0.1.0"
 
@@ -57,8 +59,11 @@ __all__ = [
     "ShapleyValues",
     "TextTemplateInput",
     "TextTokenInput",
+    "TwoStageAblation",
     "chat_input",
+    "compare_methods",
     "explain",
+    "faithfulness",
     "find_layers",
     "load_demo_model",
     "load_model",

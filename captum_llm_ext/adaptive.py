@@ -37,16 +37,6 @@ class Interval:
     def middle(self) -> float:
         return (self.start + self.stop) / 2
 
-    def mismatch(self, targets: slice | None) -> Tensor:
-        """By how much the attributions of `targets`, or else of the sequence, miss the score
-        difference, (n,)."""
-        sums = [
-            total.sequence.sum()[None] if targets is None else total.tokens[targets].sum(1)
-            for total in self.totals.values()
-        ]
-        difference = self.score_stop - self.score_start
-        return torch.stack(sums).sum(0) - difference.to(sums[0].device)
-
 
 def walk_adaptively(path: PathWalk, totals: Mapping[Site, LayerTotal]) -> None:
     """Add the path's attributions to the totals, to the rule's tolerance or its row budget.
@@ -108,7 +98,8 @@ def _add_gradients(path: PathWalk, intervals: Sequence[Interval]) -> None:
         chunk = intervals[i : i + at_once]
         points = [x.middle + (x.stop - x.start) / 2 * nodes for x in chunk]
         shares = [(x.stop - x.start) / 2 * weights for x in chunk]
-        path.add_rows(_floats(points), _floats(shares), [x.totals for x in chunk])
+        ends = [(x.start, x.stop) for x in chunk]
+        path.add_intervals(_floats(points), _floats(shares), ends, [x.totals for x in chunk])
 
 
 def _floats(arrays: Sequence[np.ndarray]) -> Tensor:
@@ -116,9 +107,11 @@ def _floats(arrays: Sequence[np.ndarray]) -> Tensor:
 
 
 def _error(interval: Interval, path: PathWalk) -> float:
+    """By how much the attributions miss the score difference: of the sequence or a target."""
     targets = slice(path.span.start, path.span.stop) if path.plan.per_token else None
-    mismatch = interval.mismatch(targets)
-    return float(torch.maximum(mismatch.sum().abs(), mismatch.abs().max()))
+    sums = path.sums(interval.totals, targets)
+    mismatch = sums - (interval.score_stop - interval.score_start).to(sums.device)
+    return float(torch.maximum(mismatch.sum(1).abs().max(), mismatch.abs().max()))
 
 
 def _worst(errors: Sequence[float], allowed: float, rows: int, affordable: int) -> list[int]:

@@ -24,7 +24,9 @@ class LayerColumns:
     """A layer's attributions by feature.
 
     seq_attr: (n_input,); token_attr: (n_output, n_input) or None; hidden_attr: (n_output,
-    n_input, hidden) or None; delta and difference: (n_output,), or (1,) of the sequence, or None.
+    n_input, hidden) or None; delta and difference: (n_output,), or (1,) of the sequence, or None;
+    norm: of gradients of which the values are, None where they add up; score_path: (2, n_points),
+    points of the path and the sequence score there, or None.
     """
 
     seq_attr: Tensor
@@ -34,6 +36,8 @@ class LayerColumns:
     difference: Tensor | None
     n_evaluations: int | None
     converged: bool | None
+    norm: str | None
+    score_path: Tensor | None
 
 
 def layer_columns(
@@ -56,7 +60,14 @@ def layer_columns(
         difference=difference,
         n_evaluations=total.n_evaluations or None,
         converged=total.converged,
+        norm=None if total.norm == "sum" else total.norm,
+        score_path=_score_path(total),
     )
+
+
+def _score_path(total: LayerTotal) -> Tensor | None:
+    known = total.score_difference is not None and total.path
+    return torch.tensor(sorted(total.path.items())).T if known else None
 
 
 def single_result(
@@ -71,6 +82,8 @@ def single_result(
         hidden_attr=columns.hidden_attr,
         n_evaluations=columns.n_evaluations,
         converged=columns.converged,
+        score_path=columns.score_path,
+        norm=columns.norm,
         inp=inp,
     )
 
@@ -94,6 +107,8 @@ def layered_result(
         hidden_attr=_hidden_by_name(by_site),
         layer_n_evaluations=[layer.n_evaluations for layer in layers],
         layer_converged=[layer.converged for layer in layers],
+        layer_score_paths=[layer.score_path for layer in layers],
+        norm=layers[0].norm,
         inp=inp,
     )
 

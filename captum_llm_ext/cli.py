@@ -100,8 +100,8 @@ def _add_method_arguments(group: argparse._ArgumentGroup) -> None:
         choices=METHODS,
         default="saliency",
         help="saliency: L1 norm of the gradient; ig: integrated gradients; gradxact: gradient x "
-        "activation; gradshap: gradient SHAP; ablation, shapley, shapley_sampling, lime, "
-        "kernelshap: by perturbing the prompt; attention: the attention weights "
+        "activation; gradshap: gradient SHAP; ablation, two_stage, shapley, "
+        "shapley_sampling, lime, kernelshap: by perturbing the prompt; attention: the weights "
         "(default: %(default)s)",
     )
     group.add_argument(

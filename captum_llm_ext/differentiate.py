@@ -7,10 +7,12 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from captum_llm_ext.adapter import whole_blocks
 from captum_llm_ext.adaptive import walk_adaptively
 from captum_llm_ext.baselines import PathStart
+from captum_llm_ext.conductance import ConductanceWalk
 from captum_llm_ext.hooks import LayerState, embedding_leaves, reading, tracing, writing
 from captum_llm_ext.layers import Site, decoder_blocks
 from captum_llm_ext.methods import PathRule, PointRule, Rule
@@ -26,6 +28,7 @@ def attribute_layers(
 ) -> dict[Site, LayerTotal]:
     """Attributions of every site, by the rule. `start` is needed by path rules only."""
     totals: dict[Site, LayerTotal] = {}
+    sites = with_embeddings(sites, forcing.model) if is_conductance(rule) else sites
     for span in forcing.spans(plan.per_token, plan.rows, plan.causal, _divides(rule, plan)):
         ends, blocks = _trace(forcing, span, sites, plan)
         for site in sites:
@@ -39,10 +42,31 @@ def attribute_layers(
             _add_point(forcing, span, rule, alive, totals, plan)
         elif start is not None:
             starts = _start_states(forcing, span, alive, start)
+            known = (forcing, span, rule, plan, blocks, ends, starts)
+            if rule.is_conductance:
+                whole = [site for site in alive if holds_whole_state(site, forcing.model)]
+                _add_path(ConductanceWalk(*known, whole[:1], alive, whole), totals)
+                continue
             for chain in [alive] if plan.joint else [[site] for site in alive]:
-                path = PathWalk(forcing, span, rule, plan, blocks, ends, starts, chain)
-                _add_path(path, totals)
+                _add_path(PathWalk(*known, chain), totals)
     return totals
+
+
+def is_conductance(rule: Rule) -> bool:
+    return isinstance(rule, PathRule) and rule.is_conductance
+
+
+def with_embeddings(sites: Sequence[Site], model: nn.Module) -> list[Site]:
+    """The sites with that of the token embeddings, whose path it is, in front."""
+    embedding = token_embedding(model)
+    found = [s for s in sites if s.module is embedding and not s.at_input]
+    own = found or [Site("token embeddings", embedding)]
+    return [*own, *(site for site in sites if site not in own)]
+
+
+def holds_whole_state(site: Site, model: nn.Module) -> bool:
+    """Whether all that the scores depend on passes the site: the embeddings, or a block."""
+    return site.module in [token_embedding(model), *whole_blocks(model)]
 
 
 def _divides(rule: Rule, plan: Plan) -> bool:

@@ -47,6 +47,9 @@ class EncoderDecoder(Adapter):
     def parts(self, length: int) -> list[Part]:
         return [(0, length), (0, self.n_encoder), (self.n_encoder, length)]
 
+    def whole_blocks(self) -> list[nn.Module]:
+        return []  # those of the decoder do not hold the encoder's states, nor these the decoder's
+
     def context(self, n_prompt: int, n_fed: int) -> int:
         return max(n_prompt - 1, 1 + n_fed)
 

@@ -11,6 +11,7 @@ from captum.attr import (
     FeatureAblation,
     InterpretableInput,
     KernelShap,
+    LayerConductance,
     LayerGradientShap,
     LayerGradientXActivation,
     LayerIntegratedGradients,
@@ -27,6 +28,7 @@ from captum_llm_ext.methods import LayerSaliency
 from captum_llm_ext.perturbation import LLMAttribution
 from captum_llm_ext.result import LLMAttributionResult
 from captum_llm_ext.tasks import QA, TASKS, task_of
+from captum_llm_ext.two_stage import TwoStageAblation
 
 Message: TypeAlias = Mapping[str, str]
 Prompt: TypeAlias = str | Sequence[Message] | InterpretableInput
@@ -45,9 +47,11 @@ GRADIENT_METHODS: dict[str, Callable[[nn.Module, Any], Any]] = {
     "ig": _integrated_gradients,
     "gradxact": LayerGradientXActivation,
     "gradshap": LayerGradientShap,
+    "conductance": LayerConductance,
 }
 PERTURBATION_METHODS: dict[str, Callable[[nn.Module], Any]] = {
     "ablation": FeatureAblation,
+    "two_stage": TwoStageAblation,
     "shapley": ShapleyValues,
     "shapley_sampling": ShapleyValueSampling,
     "lime": Lime,
@@ -83,14 +87,16 @@ def explain(
         target: the continuation to attribute, a string or token ids of shape (n_output,).
             Default: what the model generates.
         method: with gradients, "saliency" (L1 norm of the gradient, the default), "ig" (integrated
-            gradients), "gradxact" (gradient x activation) or "gradshap" (gradient SHAP); by
-            perturbation, "ablation", "shapley", "shapley_sampling", "lime" or "kernelshap"; or
-            "attention", the attention weights (with `heads` and `reduction`).
+            gradients), "gradxact" (gradient x activation), "gradshap" (gradient SHAP) or
+            "conductance" (of layers, along the path of the embeddings); by
+            perturbation, "ablation", "two_stage" (ablation in two contexts), "shapley",
+            "shapley_sampling", "lime" or "kernelshap"; or "attention", the attention weights (with
+            `heads` and `reduction`).
         layers: for the methods with gradients and "attention", a module, a name, a pattern such as
             ``"model.layers.*.mlp"``, or a list of these. Default: the input embeddings; for
             "attention", every layer that has it.
-        quadrature: of "ig" (where `attribute` calls it `method`): "gausslegendre" (the default), a
-            Riemann rule, or "adaptive" with ``tol=0.05``.
+        quadrature: of "ig" and "conductance" (where `attribute` calls it `method`):
+            "gausslegendre" (the default), a Riemann rule, or "adaptive" with ``tol=0.05``.
         context: of a question answering model, the text that the answer is part of; the prompt is
             the question.
         **kwargs: go to ``attribute`` of `LLMGradientAttribution`, `LLMAttribution` or
@@ -120,8 +126,8 @@ def explain(
     settings = {name: kwargs.pop(name) for name in made_with if name in kwargs}
     wrapper = _wrapper(model, tokenizer, method, layers, settings)
     if quadrature is not None:
-        if method != "ig":
-            raise ValueError(f"quadrature belongs to method 'ig', got method {method!r}")
+        if method not in ("ig", "conductance"):
+            raise ValueError(f"quadrature belongs to 'ig' and 'conductance', got {method!r}")
         kwargs["method"] = quadrature
     inp = _as_input(prompt, tokenizer, context, task_of(model) is TASKS[QA])
     return wrapper.attribute(inp, target=target, **kwargs)
@@ -150,7 +156,7 @@ def _wrapper(
 
 
 def _as_input(
-    prompt: Any, tokenizer: Any, context: str | None, answers: bool
+    prompt: Any, tokenizer: Any, context: str | None = None, answers: bool = False
 ) -> InterpretableInput:
     if context is not None or (answers and isinstance(prompt, str)):
         return _question(prompt, tokenizer, context, answers)

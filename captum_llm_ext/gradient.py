@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from captum.attr import LayerConductance
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -39,7 +40,7 @@ from captum_llm_ext.compat import (
     GradientAttribution,
     InterpretableInput,
 )
-from captum_llm_ext.differentiate import attribute_layers
+from captum_llm_ext.differentiate import attribute_layers, holds_whole_state, is_conductance
 from captum_llm_ext.forward_mode import is_cheaper
 from captum_llm_ext.hooks import evaluating, frozen_parameters, without_checkpointing
 from captum_llm_ext.inputs import Features, baseline_tokens, read_features
@@ -70,9 +71,9 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
     output tokens are the start and the end of an answer (see `qa_input`).
 
     Args:
-        attr_method: `LayerIntegratedGradients`, `LayerGradientXActivation`, `LayerGradientShap`
-            (Captum's classes) or `LayerSaliency`, made with the model and a layer, a list of
-            layers, or names and patterns of layers (see `find_layers`).
+        attr_method: `LayerIntegratedGradients`, `LayerGradientXActivation`, `LayerGradientShap`,
+            `LayerConductance` (Captum's classes) or `LayerSaliency`, made with the model and a
+            layer, a list of layers, or names and patterns of layers (see `find_layers`).
         tokenizer: the model's tokenizer.
         attr_target: what is attributed of each target token: "log_prob" (natural logarithm, the
             default), "prob" or "logit". The sequence score is the sum over target tokens; for
@@ -176,10 +177,12 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
             return_convergence_delta: accepted for Captum's sake; the delta is on the result.
             attribute_to_layer_input: attribute to the layers' input instead of their output.
             grad_kwargs: further arguments of ``torch.autograd.grad``.
-            **method_options: the method's own. Of LayerIntegratedGradients `n_steps` (50) and
-                `method`: "gausslegendre", one of Captum's Riemann rules, or "adaptive", which
-                takes the gradient where the path needs it until the attributions sum to the score
-                difference within `tol` (0.05, relative) or `max_rows` (1000) points are spent. Of
+            **method_options: the method's own. Of LayerIntegratedGradients and LayerConductance
+                `n_steps` (50) and `method`: "gausslegendre", one of Captum's Riemann rules, or
+                "adaptive", which takes the gradient where the path needs it until the attributions
+                sum to the score difference within `tol` (0.05, relative) or `max_rows` (1000)
+                points are spent (LayerConductance: at the embeddings and decoder blocks, since
+                the rest of a score does not pass through a part of a block). Of
                 LayerGradientShap `n_samples` (5) and `stdevs` (0.0, of noise on the layer).
 
         Returns:
@@ -203,6 +206,8 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
         _check_choices(layer_mode, num_trials, internal_batch_size, grad_kwargs, dtype)
         with _differentiable(self.model):
             rule = read_rule(self.attr_method, method_options)
+            if layer_mode == "joint" and is_conductance(rule):
+                raise ValueError("LayerConductance reads its layers: layer_mode='joint' moves them")
             warn_of_dropout(self.model)
             device = input_device(self.model, self.device)
             features = read_features(inp, self.tokenizer, device)
@@ -245,8 +250,9 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
                 for baseline in several
             ]
             more = [read_rule(self.attr_method, method_options) for _ in starts[1:]]
-            totals = _Job(forcing, sites, plan).run([rule, *more], starts, show_progress)
-            return self._result(totals, features, tokens, inp, plan, layer_mode)
+            job = _Job(forcing, sites, plan)
+            totals = job.run([rule, *more], starts, show_progress)
+            return self._result(job, totals, features, tokens, inp, layer_mode)
 
     def _probed(
         self, forcing: TeacherForcing, features: Features, reuse_prefix: bool
@@ -283,20 +289,25 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
 
     def _result(
         self,
+        job: _Job,
         totals: Mapping[Site, LayerTotal],
         features: Features,
         tokens: list[str],
         inp: InterpretableInput,
-        plan: Plan,
         layer_mode: str,
     ) -> LLMAttributionResult:
-        by_site = {
+        plan, model = job.plan, job.forcing.model
+        columns = {
             site: layer_columns(total, features, plan.per_token, plan.keep_hidden)
             for site, total in totals.items()
         }
+        by_site = {site: columns[site] for site in job.sites}
+        checked = list(by_site.values())
+        if isinstance(self.attr_method, LayerConductance):
+            checked = [x for site, x in columns.items() if holds_whole_state(site, model)]
         check_totals(totals)
         warn_of_zeros(totals)
-        warn_unless_converged(list(by_site.values()), plan.joint, tokens)
+        warn_unless_converged(checked, plan.joint, tokens)
         if self._several:
             return layered_result(by_site, layer_mode, features, tokens, inp)
         return single_result(next(iter(by_site.values())), features, tokens, inp)
@@ -320,7 +331,7 @@ class _Job:
                 attribute_layers(self.forcing, rule, self.sites, start, plan)
                 for rule, start in zip(rules, starts, strict=True)
             ]
-        return {site: LayerTotal.mean([run[site] for run in runs]) for site in self.sites}
+        return {site: LayerTotal.mean([run[site] for run in runs]) for site in runs[0]}
 
     def _rows(self, rule: Rule) -> int:
         """Rows that the rule will differentiate."""

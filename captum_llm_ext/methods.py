@@ -7,11 +7,16 @@ line in `RULES`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from captum.attr import LayerGradientShap, LayerGradientXActivation, LayerIntegratedGradients
+from captum.attr import (
+    LayerConductance,
+    LayerGradientShap,
+    LayerGradientXActivation,
+    LayerIntegratedGradients,
+)
 from torch import Tensor, nn
 
 from captum_llm_ext.compat import (
@@ -19,7 +24,7 @@ from captum_llm_ext.compat import (
     LayerAttribution,
     compute_layer_gradients_and_eval,
 )
-from captum_llm_ext.path import ADAPTIVE, FEWEST_ROWS, fixed_rule
+from captum_llm_ext.path import ADAPTIVE, FEWEST_ROWS, check_steps, fixed_rule
 
 NORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "sum": lambda values: values.sum(-1),
@@ -105,7 +110,8 @@ class PathRule:
 
     multiply: times input minus baseline; stdev: of Gaussian noise on the layer's value, drawn
     from `seed` for each layer; is_random: whether another trial would give another result;
-    is_integral: whether the attributions ought to sum to the difference of the scores; tolerance:
+    is_integral: whether the attributions ought to sum to the difference of the scores;
+    is_conductance: whether the embeddings walk the path, and layers are read on the way; tolerance:
     relative, on that sum, of adaptive quadrature, which chooses the points itself within
     `max_rows` of them; None for the given points.
     """
@@ -115,6 +121,7 @@ class PathRule:
     multiply: bool = True
     stdev: float = 0.0
     is_integral: bool = True
+    is_conductance: bool = False
     is_random: bool = False
     seed: int = 0
     tolerance: float | None = None
@@ -142,28 +149,51 @@ def _integrated_gradients(
     max_rows: int | None = None,
 ) -> Rule:
     if rule == ADAPTIVE:
-        return _adaptive(method, n_steps, tol, max_rows)
-    if tol is not None or max_rows is not None:
-        raise ValueError('tol and max_rows belong to method="adaptive"')
+        if not method.multiplies_by_inputs:
+            raise ValueError('method="adaptive" needs multiply_by_inputs=True: it checks the sums')
+        return _adaptive(n_steps, tol, max_rows)
+    _check_fixed(tol, max_rows)
     n_steps = 50 if n_steps is None else n_steps
     points, weights = fixed_rule(rule, n_steps)
     multiply = method.multiplies_by_inputs
     return PathRule(tuple(points), tuple(weights), multiply, is_integral=multiply)
 
 
-def _adaptive(
-    method: LayerIntegratedGradients, n_steps: int | None, tol: float | None, max_rows: int | None
-) -> Rule:
+def _check_fixed(tol: float | None, max_rows: int | None) -> None:
+    if tol is not None or max_rows is not None:
+        raise ValueError('tol and max_rows belong to method="adaptive"')
+
+
+def _adaptive(n_steps: int | None, tol: float | None, max_rows: int | None) -> PathRule:
     tol, max_rows = 0.05 if tol is None else tol, 1000 if max_rows is None else max_rows
     if n_steps is not None:
         raise ValueError('n_steps belongs to the fixed rules; method="adaptive" takes max_rows')
-    if not method.multiplies_by_inputs:
-        raise ValueError('method="adaptive" needs multiply_by_inputs=True: it checks the sums')
     if not tol > 0:
         raise ValueError(f"tol must be greater than 0, got {tol}")
     if max_rows < FEWEST_ROWS:
         raise ValueError(f"max_rows must be at least {FEWEST_ROWS}, got {max_rows}")
     return PathRule(tolerance=float(tol), max_rows=max_rows)
+
+
+def _conductance(
+    method: LayerConductance,
+    *,
+    n_steps: int | None = None,
+    rule: str = "gausslegendre",
+    tol: float | None = None,
+    max_rows: int | None = None,
+) -> Rule:
+    """Dhamdhere et al. 2018, https://arxiv.org/abs/1805.12233.
+
+    By Captum's sum: between each two of n_steps + 1 points, the gradient at the first of them
+    times how the layer changes.
+    """
+    if rule == ADAPTIVE:
+        return replace(_adaptive(n_steps, tol, max_rows), is_conductance=True)
+    _check_fixed(tol, max_rows)
+    check_steps(rule, n_steps := 50 if n_steps is None else n_steps)
+    points, weights = fixed_rule(rule, n_steps + 1)
+    return PathRule(tuple(points), tuple(weights), is_conductance=True)
 
 
 def _gradient_shap(method: LayerGradientShap, *, n_samples: int = 5, stdevs: float = 0.0) -> Rule:
@@ -185,6 +215,10 @@ RULES: dict[type, tuple[Callable[..., Rule], Mapping[str, str]]] = {
     LayerGradientXActivation: (_gradient_x_activation, {}),
     LayerIntegratedGradients: (
         _integrated_gradients,
+        {"n_steps": "n_steps", "method": "rule", "tol": "tol", "max_rows": "max_rows"},
+    ),
+    LayerConductance: (
+        _conductance,
         {"n_steps": "n_steps", "method": "rule", "tol": "tol", "max_rows": "max_rows"},
     ),
     LayerGradientShap: (_gradient_shap, {"n_samples": "n_samples", "stdevs": "stdevs"}),

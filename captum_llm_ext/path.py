@@ -12,11 +12,16 @@ FEWEST_ROWS = FIRST_INTERVALS * POINTS
 
 def fixed_rule(method: str, n_steps: int) -> tuple[list[float], list[float]]:
     """Points in [0, 1] and weights that sum to 1, by one of Captum's quadrature rules."""
+    check_steps(method, n_steps)
+    weights, points = approximation_parameters(method)
+    return points(n_steps), weights(n_steps)
+
+
+def check_steps(method: str, n_steps: int) -> None:
+    """Refuse rules that Captum does not have, and fewer steps than the rule needs."""
     if method not in FIXED_RULES:
         known = ", ".join([ADAPTIVE, *FIXED_RULES])
         raise ValueError(f"method must be one of {known}; got {method!r}")
     fewest = 1 if method == "gausslegendre" else 2
     if isinstance(n_steps, bool) or not isinstance(n_steps, int) or n_steps < fewest:
         raise ValueError(f"n_steps must be an int >= {fewest} for {method!r}, got {n_steps!r}")
-    weights, points = approximation_parameters(method)
-    return points(n_steps), weights(n_steps)

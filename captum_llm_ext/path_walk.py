@@ -33,7 +33,10 @@ class Blocks:
 
 @dataclass
 class PathWalk:
-    """The straight path of one or several layers together, at the rule's points."""
+    """The straight path of one or several layers together, at the rule's points.
+
+    moved: the layers that are put at the path's points; chain: those whose gradients are taken.
+    """
 
     forcing: TeacherForcing
     span: TargetSpan
@@ -42,13 +45,18 @@ class PathWalk:
     blocks: Blocks
     ends: Mapping[Site, LayerState]
     starts: Mapping[Site, Tensor]
-    chain: Sequence[Site]
+    moved: Sequence[Site]
+
+    @property
+    def chain(self) -> Sequence[Site]:
+        return self.moved
 
     def __post_init__(self) -> None:
         self.halving = Halving(self.plan.rows)
+        self.seen: dict[float, float] = {}  # path point -> sequence score there
         self.replayed, self.at_ends = self._scored_ends()
         # Each layer draws its noise as if it were alone.
-        self.noise = {s: torch.Generator().manual_seed(self.rule.seed) for s in self.chain}
+        self.noise = {s: torch.Generator().manual_seed(self.rule.seed) for s in self.moved}
         self.groups = self._groups() if self._may_go_forward() else []
 
     def walk(self, totals: Mapping[Site, LayerTotal]) -> None:
@@ -60,6 +68,16 @@ class PathWalk:
             self.add_rows(alphas, shares, [totals])
         for site in self.chain:
             totals[site].n_evaluations += len(self.rule.points)
+
+    def add_intervals(
+        self,
+        points: Tensor,
+        shares: Tensor,
+        ends: Sequence[tuple[float, float]],
+        totals: Sequence[Mapping[Site, LayerTotal]],
+    ) -> None:
+        """Add gradients at `points` with weights `shares`, as many to each interval's totals."""
+        self.add_rows(points, shares, totals)
 
     def add_rows(
         self, alphas: Tensor, shares: Tensor, totals: Sequence[Mapping[Site, LayerTotal]]
@@ -76,13 +94,14 @@ class PathWalk:
         def add(units: slice) -> None:
             own = totals[units] if several else totals
             rows = slice(units.start * per_unit, units.stop * per_unit)
-            self._add_whole(_part(values, rows), _part(factors, rows), own)
+            self._add_whole(alphas[rows], _part(values, rows), _part(factors, rows), own)
 
         self.halving(add, len(totals) if several else len(alphas))
         self.plan.advance(len(alphas))
 
     def _add_whole(
         self,
+        alphas: Tensor,
         values: Mapping[Site, Tensor],
         factors: Mapping[Site, Tensor],
         totals: Sequence[Mapping[Site, LayerTotal]],
@@ -90,21 +109,22 @@ class PathWalk:
         """Add all of the rows' attributions or, where memory runs out on the way, none."""
         fresh = [{site: total[site].empty() for site in self.chain} for total in totals]
         if not self._add_forward(values, factors, fresh):
-            self._add_backward(values, factors, fresh)
+            self._add_backward(alphas, values, factors, fresh)
         for total, new in zip(totals, fresh, strict=True):
             for site in self.chain:
                 total[site].add_total(new[site])
 
     def _add_backward(
         self,
+        alphas: Tensor,
         values: Mapping[Site, Tensor],
         factors: Mapping[Site, Tensor],
         totals: Sequence[Mapping[Site, LayerTotal]],
     ) -> None:
         """One backward pass per target token."""
-        rows = len(next(iter(values.values())))
         with writing(values), reading(self.chain) as read:
-            scored = self._run(rows, self.replayed, self.chain)
+            scored = self._run(len(alphas), self.replayed, self.chain)
+        self.note(alphas, scored)
         wrt = [read[site] for site in self.chain]
         for output, gradients in scored.gradients(
             wrt, self.plan.per_token, **self.plan.grad_kwargs
@@ -152,6 +172,8 @@ class PathWalk:
         """Whether the attributions are sums of hidden units, of one layer, for each token."""
         if self.plan.forward_mode is False or self.plan.column_at is None:
             return False
+        if self.rule.is_conductance:
+            return False
         plain = self.rule.norm == "sum" and not self.plan.keep_hidden
         return plain and self.plan.per_token and len(self.chain) == 1
 
@@ -172,13 +194,24 @@ class PathWalk:
     @torch.no_grad()
     def scores(self, alphas: Tensor) -> Tensor:
         """Scores (rows, n) at the points: of the span's tokens, or of the sequence alone."""
-        values = {site: self._values(site, alphas)[0] for site in self.chain}
+        values = {site: self._values(site, alphas)[0] for site in self.moved}
 
         def score(rows: slice) -> Tensor:
             with writing(_part(values, rows)):
-                return self.asked_scores(self._run(rows.stop - rows.start, self.replayed))
+                scored = self._run(rows.stop - rows.start, self.replayed)
+            self.note(alphas[rows], scored)
+            return self.asked_scores(scored)
 
         return torch.cat(self.halving(score, len(alphas)))
+
+    def sums(self, totals: Mapping[Site, LayerTotal], targets: slice | None) -> Tensor:
+        """What ought to be the score difference, (checks, n): of the sequence, or of `targets`."""
+        parts = [self.summed(totals[site], targets) for site in self.chain]
+        return torch.stack(parts).sum(0, keepdim=True)
+
+    @staticmethod
+    def summed(total: LayerTotal, targets: slice | None) -> Tensor:
+        return total.sequence.sum()[None] if targets is None else total.tokens[targets].sum(1)
 
     def asked_scores(self, scored: Pass) -> Tensor:
         return scored.token_scores() if self.plan.per_token else scored.sequence_score()[:, None]
@@ -206,14 +239,20 @@ class PathWalk:
         Replay is right where the path's end has the model's own scores, and else left out: some
         models pass more from block to block than a block's output.
         """
-        ends = {s: torch.cat([self.starts[s], self.ends[s].tensor]) for s in self.chain}
-        replayed = min(self.ends[site].blocks_before for site in self.chain)
+        ends = {s: torch.cat([self.starts[s], self.ends[s].tensor]) for s in self.moved}
+        replayed = min(self.ends[site].blocks_before for site in self.moved)
         with writing(ends):
             scored = self._run(2, replayed)
             if replayed and not self._is_models_own(scored):
                 logger.info("blocks cannot be replayed in this model: running all of them")
                 replayed, scored = 0, self._run(2, 0)
+        self.note(torch.tensor([0.0, 1.0]), scored)
         return replayed, self.asked_scores(scored)
+
+    def note(self, alphas: Tensor, scored: Pass) -> None:
+        """Keep the sequence score at the points, for the picture of the path."""
+        found = scored.sequence_score().detach()
+        self.seen.update(zip(alphas.tolist(), found.tolist(), strict=True))
 
     def _is_models_own(self, scored: Pass) -> bool:
         scores = scored.token_scores()[1]
@@ -228,6 +267,8 @@ class PathWalk:
         difference = self.at_ends[1] - self.at_ends[0]
         if total.score_difference is not None:
             total.score_difference[place] += difference.to(total.tokens.device)
+        for alpha, score in self.seen.items():
+            total.path[alpha] = total.path.get(alpha, 0.0) + score
 
 
 def _part(values: Mapping[Site, Tensor], rows: slice) -> dict[Site, Tensor]:

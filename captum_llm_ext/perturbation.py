@@ -9,19 +9,20 @@ from copy import copy, deepcopy
 from typing import Any
 
 import torch
-from captum.attr import KernelShap, Lime
+from captum.attr import FeatureAblation, KernelShap, Lime
 from torch import Tensor
 
 from captum_llm_ext.baselines import BaselineSpec
 from captum_llm_ext.checks import (
-    check_causal,
-    check_context,
     check_counts,
-    check_ids,
-    probed,
     warn_of_dropout,
 )
-from captum_llm_ext.coalitions import Coalitions, same_random_state
+from captum_llm_ext.coalitions import (
+    Coalitions,
+    prompt_scorer,
+    same_random_state,
+    teacher_forcing,
+)
 from captum_llm_ext.compat import (
     CaptumLLMAttribution,
     CaptumTextTemplateInput,
@@ -30,17 +31,15 @@ from captum_llm_ext.compat import (
     PerturbationAttribution,
     default_perturb_func,
 )
-from captum_llm_ext.inputs import check_template, drawn, prompt_ids, with_baselines
-from captum_llm_ext.model_parts import input_device
-from captum_llm_ext.prefix_cache import keeps_cache
-from captum_llm_ext.prompts import PromptScorer
+from captum_llm_ext.inputs import check_template, drawn, with_baselines
 from captum_llm_ext.quantized import quietly
 from captum_llm_ext.result import LLMAttributionResult
 from captum_llm_ext.targets import (
     PERTURBATION_TARGETS,
     check_attr_target,
 )
-from captum_llm_ext.tasks import Request, task_of
+from captum_llm_ext.tasks import task_of
+from captum_llm_ext.two_stage import TwoStageAblation
 
 # Arguments of Captum's methods that this class gives itself.
 RESERVED = {
@@ -52,6 +51,9 @@ RESERVED = {
     "show_progress",
     "kwargs",
 }
+
+# Methods whose later perturbations depend on the scores of the first ones, and what asks for those.
+STAGED = {TwoStageAblation: FeatureAblation}
 
 InspectForward = Callable[[str, str, list[float]], None]
 
@@ -66,8 +68,9 @@ class LLMAttribution(CaptumLLMAttribution):
 
     Args:
         attr_method: `FeatureAblation`, `ShapleyValueSampling`, `ShapleyValues`, `Lime` or
-            `KernelShap` (Captum's classes), made with the model. Lime and KernelShap need
-            scikit-learn (the extra ``lime``) and give the sequence attribution alone.
+            `KernelShap` (Captum's classes) or `TwoStageAblation`, made with the model. Lime and
+            KernelShap need scikit-learn (the extra ``lime``) and give the sequence attribution
+            alone.
         tokenizer: the model's tokenizer.
         attr_target: what is attributed of each target token: "log_prob" (natural logarithm, the
             default), "prob", "logit" or "rank" (minus the number of likelier tokens, so that an
@@ -88,6 +91,12 @@ class LLMAttribution(CaptumLLMAttribution):
         >>> result.token_attr.shape
         torch.Size([1, 1])
     """
+
+    SUPPORTED_METHODS = (*CaptumLLMAttribution.SUPPORTED_METHODS, *STAGED)
+    SUPPORTED_PER_TOKEN_ATTR_METHODS = (
+        *CaptumLLMAttribution.SUPPORTED_PER_TOKEN_ATTR_METHODS,
+        *STAGED,
+    )
 
     def __init__(
         self,
@@ -181,24 +190,22 @@ class LLMAttribution(CaptumLLMAttribution):
             if isinstance(inp, CaptumTextTemplateInput):
                 check_template(inp)
             inp = with_baselines(inp, baselines, self.model)
-            task, prompt = task_of(self.model), self._prompt_ids(inp)
-            request = Request(target, gen_args, contrast_target, self.attr_target)
-            forcing = task.forcing(self.model, self.tokenizer, prompt, request)
-            check_ids(forcing)
-            check_context(forcing)
+            asked_for = (target, gen_args, self.attr_target, contrast_target)
+            forcing = teacher_forcing(self.model, self.tokenizer, inp, *asked_for)
+            task = task_of(self.model)
             tokens = task.names(forcing, self.tokenizer)
-            probe = probed(forcing, use_cache=reuse_prefix and keeps_cache(forcing.model))
-            causal = check_causal(forcing, probe, product=False)
-            scorer = PromptScorer(forcing, probe, causal, internal_batch_size)
-            kwargs["perturbations_per_eval"] = perturbations_per_eval
+            scorer = prompt_scorer(forcing, reuse_prefix, internal_batch_size)
+            staged = type(self.attr_method) in STAGED
+            at_once = inp.n_itp_features if staged else perturbations_per_eval
+            kwargs["perturbations_per_eval"] = at_once
             known: dict[tuple[int, ...], Tensor] = {}
             trials = []
             for _ in range(num_trials):
-                perturbed = task.perturbed(drawn(inp), self.tokenizer)
-                asked = Coalitions(perturbed, self.tokenizer, scorer, known)
+                fixed = task.perturbed(drawn(inp), self.tokenizer)
+                asked = Coalitions(fixed, self.tokenizer, scorer, known, show_progress)
                 if self._repeats_itself():
                     self._collect(asked, kwargs)
-                    asked.score(show_progress)
+                    asked.score()
                 trials.append(self._attribute_once(asked, _inspect_forward, kwargs))
             return self._result(torch.stack(trials).mean(0), inp, tokens)
 
@@ -232,11 +239,6 @@ class LLMAttribution(CaptumLLMAttribution):
         if isinstance(self.attr_method, KernelShap) and inp.n_itp_features < 2:
             raise ValueError(f"{name} needs at least 2 features, got {inp.n_itp_features}")
 
-    def _prompt_ids(self, inp: InterpretableInput) -> Tensor:
-        """The ids (1, n_prompt) of the unperturbed prompt."""
-        device = input_device(self.model, self.device)
-        return prompt_ids(inp, None, self.tokenizer, device)[None]
-
     def _repeats_itself(self) -> bool:
         """Whether the method draws from the global random state alone, and so can run twice."""
         own_draws = getattr(self.attr_method, "perturb_func", None)
@@ -245,8 +247,8 @@ class LLMAttribution(CaptumLLMAttribution):
     def _collect(self, asked: Coalitions, kwargs: dict[str, Any]) -> None:
         """Let the method run on scores of zero, to learn which perturbations it wants.
 
-        They do not depend on the scores, and the random state is put back, so that it wants the
-        same ones when it runs in earnest.
+        They do not depend on the scores (of a method in stages, the first ones), and the random
+        state is put back, so that it wants the same ones when it runs in earnest.
         """
         width = 1 + len(asked.scorer.target) if self.include_per_token_attr else None
 
@@ -263,6 +265,7 @@ class LLMAttribution(CaptumLLMAttribution):
         """Attributions (1 + n_output or 1, n_features) of one trial."""
 
         def scores(rows: Tensor) -> Tensor:
+            asked.add(rows)  # so that what was not foreseen is scored together
             found = [asked.found(row) for row in rows]
             if inspect is not None:
                 self._inspect(inspect, asked, rows, found)
@@ -280,6 +283,8 @@ class LLMAttribution(CaptumLLMAttribution):
         rehearsal: bool = False,
     ) -> Tensor:
         method = copy(self.attr_method)
+        if rehearsal and type(method) in STAGED:
+            method = STAGED[type(method)](forward)
         method.forward_func = forward
         if rehearsal and isinstance(method, Lime):  # its surrogate must not learn from zeros
             method.interpretable_model = deepcopy(method.interpretable_model)

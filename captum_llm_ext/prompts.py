@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from captum_llm_ext.adapter import Adapter, prompt_in
-from captum_llm_ext.memory import Halving
+from captum_llm_ext.memory import Halving, free_bytes
 from captum_llm_ext.model_parts import output_head
 from captum_llm_ext.model_pass import (
     PASS_OVERHEAD,
@@ -121,7 +121,8 @@ class PromptScorer:
         lengths = [len(prompt) for prompt in prompts]
         limit = tokens_per_pass(self.reference.device)
         scores: dict[int, Tensor] = {}
-        for batch in batches(lengths, shared, len(self.target), limit, self.rows):
+        most = self._most_rows()
+        for batch in batches(lengths, shared, len(self.target), limit, self.rows, most):
             cut = min(shared[i] for i in batch)
             cut = cut if cut >= FEWEST_REUSED else 0
             score = partial(self._batch, [prompts[i] for i in batch], cut, cache)
@@ -129,6 +130,12 @@ class PromptScorer:
             scores.update(zip(batch, found, strict=True))
             self.advance(len(batch))
         return torch.stack([scores[i] for i in range(len(prompts))])
+
+    def _most_rows(self) -> int:
+        """Rows whose scores fit into free memory: logits, their float32, and as much again."""
+        free = free_bytes(self.probe.logits.device)
+        row = 16 * len(self.target) * self.probe.logits.size(-1)
+        return MOST_ROWS if free is None else max(1, min(MOST_ROWS, free // 2 // row))
 
     def _batch(
         self, batch: list[Tensor], cut: int, cache: PrefixCache | None, part: slice
@@ -163,14 +170,19 @@ def read_scores(scored: Pass) -> Tensor:
 
 
 def batches(
-    lengths: Sequence[int], shared: Sequence[int], n_output: int, limit: int, rows: int | None
+    lengths: Sequence[int],
+    shared: Sequence[int],
+    n_output: int,
+    limit: int,
+    rows: int | None,
+    most: int = MOST_ROWS,
 ) -> list[list[int]]:
     """Divide prompts among passes at the least cost in tokens.
 
     lengths: tokens of each prompt; shared: how many of them come from the cache; limit: tokens
-    per pass; rows: prompts per pass, instead of the limit. A pass takes from the cache what all
-    its prompts share, and fills all up to its longest. By dynamic programming over the prompts in
-    the order of what they share.
+    per pass; rows: prompts per pass, instead of the limit; most: prompts per pass at all. A pass
+    takes from the cache what all its prompts share, and fills all up to its longest. By dynamic
+    programming over the prompts in the order of what they share.
     """
     order = sorted(range(len(lengths)), key=lambda i: (shared[i], lengths[i]))
     best, first = [0.0], [0]
@@ -180,7 +192,7 @@ def batches(
             longest, count = max(longest, lengths[order[start]]), end - start
             width = longest - shared[order[start]] + n_output - 1
             too_large = count > rows if rows else count * width > limit
-            if count > 1 and (too_large or count > MOST_ROWS):
+            if count > 1 and (too_large or count > most):
                 break
             options.append((best[start] + count * width + PASS_OVERHEAD, start))
         cost, start = min(options)

@@ -38,7 +38,8 @@ class LayerTotal:
     (length, 1) where only the sum over hidden units is needed; hidden: (n_output, length, hidden)
     or None; score_difference: (n_output,) or (1,) between the
     ends of the path, or None; n_evaluations: path points whose gradient was taken; converged:
-    whether adaptive quadrature met its tolerance, or None.
+    whether adaptive quadrature met its tolerance, or None; path: the sequence score at points
+    of the path.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class LayerTotal:
         n_scores = n_output if plan.per_token else 1
         self.score_difference = torch.zeros(n_scores, device=device) if is_integral else None
         self.n_evaluations = 0
+        self.path: dict[float, float] = {}
         self.converged: bool | None = None
 
     @classmethod

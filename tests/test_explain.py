@@ -195,5 +195,5 @@ def test_perturbation_methods_have_no_layers(model, tokenizer):
 def test_adaptive_quadrature_by_name(model, tokenizer):
     result = explain(model, tokenizer, PROMPT, TARGET, "ig", quadrature="adaptive")
     assert result.converged is True
-    with pytest.raises(ValueError, match="belongs to method 'ig'"):
+    with pytest.raises(ValueError, match="belongs to 'ig'"):
         explain(model, tokenizer, PROMPT, TARGET, quadrature="adaptive")

@@ -383,3 +383,20 @@ def test_prompt_and_target_do_not_share_the_context() -> None:
             inp, target=target
         )
     assert result.token_attr.shape == (40, n_prompt)
+
+
+# --- with other parts of the package --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_conductance_at_the_embeddings_is_integrated_gradients(family: str) -> None:
+    """Along its own path a layer's conductance is its integrated gradients."""
+    model, inp, target = tiny_seq2seq(family), prompt(), target_of(2)
+    how: dict[str, Any] = {"target": target, "method": "adaptive", "tol": 0.01, "max_rows": 8000}
+    found, expected = (
+        LLMGradientAttribution(kind(model, model.get_input_embeddings()), tiny_tokenizer())
+        .attribute(inp, **how)
+        .token_attr
+        for kind in (captum.attr.LayerConductance, LayerIntegratedGradients)
+    )
+    assert (found - expected).abs().max() < 0.05 * expected.abs().max()

@@ -16,6 +16,7 @@ TEXT_HEIGHT = 0.13  # inches that a line of a label takes
 TEXT_WIDTH = 0.075  # inches that a character of a label takes
 LABEL_SIZE = 8.0  # points
 _MORE_FONTS = (
+    "DejaVu Sans",  # has signs that its monospaced sister lacks
     "Noto Sans CJK SC",
     "Noto Sans CJK JP",
     "PingFang SC",

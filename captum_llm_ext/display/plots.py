@@ -20,7 +20,7 @@ from captum_llm_ext.display.figures import (
     widest,
 )
 from captum_llm_ext.display.scale import ColorScale, FloatArray, text_color
-from captum_llm_ext.display.tokens import readable_token
+from captum_llm_ext.display.tokens import readable_tokens
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -196,7 +196,7 @@ class _Layout:
 
 def _labels(tokens: Sequence[str], limit: int = _LONGEST_LABEL) -> list[str]:
     """Tokens as labels; the space that most begin with would only move them off their place."""
-    return [readable_token(token, limit).strip() for token in tokens]
+    return [label.strip() for label in readable_tokens(tokens, limit)]
 
 
 def _header(columns: Sequence[str]) -> float:

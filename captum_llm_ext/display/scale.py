@@ -55,15 +55,20 @@ class ColorScale:
 
     def colors(self, values: FloatArray) -> npt.NDArray[np.float64]:
         """Red, green, blue and opacity in 0..1 for every value, shape (*values.shape, 4)."""
-        masked = np.ma.masked_invalid(np.asarray(values))
+        masked = np.ma.masked_invalid(np.asarray(values, dtype=np.float64))
         return np.asarray(self.colormap(self.norm(masked)), dtype=np.float64)
 
-    def format(self, value: float) -> str:
-        """A number with as many decimals as give the limit of the scale three digits."""
+    @property
+    def decimals(self) -> int | None:
+        """How many give the limit of the scale three digits; None for powers of ten instead."""
         magnitude = math.floor(math.log10(self.limit))
-        if not -4 <= magnitude <= 6:
+        return max(0, 2 - magnitude) if -4 <= magnitude <= 6 else None
+
+    def format(self, value: float) -> str:
+        """A number with the decimals of the scale."""
+        if self.decimals is None:
             return f"{value:.1e}"
-        text = f"{value:.{max(0, 2 - magnitude)}f}"
+        text = f"{value:.{self.decimals}f}"
         return text.lstrip("-") if not text.strip("-0.") else text
 
     def label(self, name: str) -> str:
@@ -97,5 +102,10 @@ def _limit(peaks: npt.NDArray[np.floating]) -> float:
 
 
 def text_color(background: npt.NDArray[np.float64]) -> str:
-    """Black or white, whichever is read better on the background (red, green, blue, …)."""
-    return "black" if background[:3] @ (0.299, 0.587, 0.114) > 0.5 else "white"
+    """Black or white, whichever has more contrast to the background (red, green, blue, …).
+
+    By relative luminance, Web Content Accessibility Guidelines 2.2: it is at least 4.58 to 1.
+    """
+    color = background[:3]
+    linear = np.where(color <= 0.04045, color / 12.92, ((color + 0.055) / 1.055) ** 2.4)
+    return "black" if linear @ (0.2126, 0.7152, 0.0722) > 0.179 else "white"

@@ -17,7 +17,7 @@ from captum_llm_ext.display.figures import (
     open_figure,
 )
 from captum_llm_ext.display.scale import ColorScale, FloatArray, text_color
-from captum_llm_ext.display.tokens import readable_token
+from captum_llm_ext.display.tokens import readable_tokens
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,7 +42,7 @@ def draw_shaded_text(
     """
     from matplotlib.cm import ScalarMappable
 
-    texts = [readable_token(token, _LONGEST_TOKEN) for token in tokens]
+    texts = readable_tokens(tokens, _LONGEST_TOKEN)
     per_line = _CHARACTERS_PER_LINE
     places = _places(texts, per_line)
     while places[-1][0] * _LINE_HEIGHT > LARGEST - 2.0 and per_line < 8 * _CHARACTERS_PER_LINE:

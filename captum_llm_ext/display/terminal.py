@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from captum_llm_ext.display.scale import ColorScale, FloatArray, text_color
-from captum_llm_ext.display.tokens import readable_token
+from captum_llm_ext.display.tokens import readable_tokens
 
 LONGEST_TABLE = 60  # input tokens; a longer prompt is printed as text
 TOP_TOKENS = 20
@@ -47,11 +47,11 @@ class AttributionText:
         footers: dict[str, FloatArray] | None = None,
     ) -> None:
         self.title = title
-        self.tokens = [readable_token(token) for token in input_tokens]
+        self.tokens = readable_tokens(input_tokens)
         self.headings = ["sequence"]
         self.columns = [seq_attr]
         if token_attr is not None:
-            self.headings += [readable_token(token, _LONGEST_HEADING) for token in output_tokens]
+            self.headings += readable_tokens(output_tokens, _LONGEST_HEADING)
             self.columns += list(token_attr)
         self.footers = footers or {}
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections.abc import Sequence
 from functools import lru_cache
 
 SPACE_MARK = "\u2423"  # the open box that stands for a space
+SAME_CHARACTER = "\u22ef"  # stands for a token that continues the character of the one before
 _SENTENCEPIECE_SPACE = "\u2581"
-_SENTENCEPIECE_BYTE = re.compile(r"<0x([0-7][0-9A-Fa-f])>")
+_SENTENCEPIECE_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 @lru_cache(maxsize=1)
@@ -30,22 +32,58 @@ def token_text(token: str) -> str:
     >>> token_text("ĠcafÃ©"), token_text("▁France"), token_text("Ċ")
     (' café', ' France', '\\n')
     """
-    byte = _SENTENCEPIECE_BYTE.fullmatch(token)
-    if byte:
-        return chr(int(byte.group(1), 16))
     if _SENTENCEPIECE_SPACE in token:
         return token.replace(_SENTENCEPIECE_SPACE, " ")
-    return _byte_level_text(token)
-
-
-def _byte_level_text(token: str) -> str:
-    alphabet = _byte_of_character()
-    if not all(character in alphabet for character in token):
+    encoded = _token_bytes(token)
+    if encoded is None or (_SENTENCEPIECE_BYTE.fullmatch(token) and encoded[0] > 0x7F):
         return token
     try:
-        return bytes(alphabet[character] for character in token).decode("utf-8")
+        return encoded.decode("utf-8")
     except UnicodeDecodeError:  # a part of a character, or not a byte-level token at all
         return token.replace("Ġ", " ").replace("Ċ", "\n").replace("ĉ", "\t")
+
+
+def _token_bytes(token: str) -> bytes | None:
+    """The bytes that a token of bytes stands for, or None for a token of characters."""
+    byte = _SENTENCEPIECE_BYTE.fullmatch(token)
+    if byte:
+        return bytes.fromhex(byte.group(1))
+    alphabet = _byte_of_character()
+    known = all(character in alphabet for character in token)
+    return bytes(alphabet[character] for character in token) if known else None
+
+
+def token_texts(tokens: Sequence[object]) -> list[str]:
+    """Text of every token; of tokens that share characters the first has it all, the others "".
+
+    >>> token_texts(["ĠðŁ", "ĺ", "Ģ", "<0xC3>", "<0xA9>", "Ã"])
+    [' 😀', '', '', 'é', '', 'Ã']
+    """
+    texts: list[str] = []
+    while len(texts) < len(tokens):
+        rest = [str(token) for token in tokens[len(texts) : len(texts) + _MOST_SHARING]]
+        shared = _shared_text(rest)
+        texts += [token_text(rest[0])] if shared is None else shared
+    return texts
+
+
+_MOST_SHARING = 16  # tokens that share characters; four have one, and each may begin another
+
+
+def _shared_text(tokens: Sequence[str]) -> list[str] | None:
+    """Text of the first tokens, which are parts of characters; None if the first one is whole."""
+    decoder, text = codecs.getincrementaldecoder("utf-8")(), ""
+    for number, token in enumerate(tokens, start=1):
+        encoded = _token_bytes(token)
+        if encoded is None:
+            return None
+        try:
+            text += decoder.decode(encoded)
+        except UnicodeDecodeError:
+            return None
+        if not decoder.getstate()[0]:
+            return [text] + [""] * (number - 1) if number > 1 else None
+    return None
 
 
 def readable_token(token: object, limit: int | None = None) -> str:
@@ -61,10 +99,26 @@ def readable_token(token: object, limit: int | None = None) -> str:
     >>> readable_token("ĠFrance"), readable_token("a\\nb"), readable_token("Ġ")
     (' France', 'a\\\\nb', '␣')
     """
-    text = token_text(str(token))
+    return readable_text(token_text(str(token)), limit)
+
+
+def readable_tokens(tokens: Sequence[object], limit: int | None = None) -> list[str]:
+    """`readable_token` of each; a character over several tokens is shown with the first of them.
+
+    >>> readable_tokens(["ĠHi", "ðŁ", "ĺ", "Ģ"])
+    [' Hi', '😀', '⋯', '⋯']
+    """
+    return [
+        readable_text(text, limit) if text or not token else SAME_CHARACTER
+        for text, token in zip(token_texts(tokens), tokens, strict=True)
+    ]
+
+
+def readable_text(text: str, limit: int | None = None) -> str:
+    """One printable line for a text; see `readable_token`."""
     if text and not text.strip(" "):
         text = SPACE_MARK * len(text)
-    text = "".join(map(_printable, text))
+    text = "".join(map(_printable, text if limit is None else text[: limit + 1]))
     return text if limit is None or len(text) <= limit else text[: limit - 1] + "…"
 
 

@@ -120,6 +120,8 @@ def with_baselines(
         if baselines is not None:
             raise ValueError("the baselines of a template or an image belong to the input itself")
         return inp
+    if baselines is None and isinstance(inp, _ReplacedTokens):
+        return inp  # of an earlier attribution's result, with the baselines that it had
     if baselines is None:
         baselines = own_baseline(inp)
     ids = inp.inp_tensor[0].long()

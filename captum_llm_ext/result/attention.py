@@ -9,13 +9,16 @@ import numpy.typing as npt
 from captum.attr import InterpretableInput
 from torch import Tensor
 
+from captum_llm_ext.result.export import fields_of
 from captum_llm_ext.result.layered import LLMLayerAttributionResult
+from captum_llm_ext.result.merge import Spans
 from captum_llm_ext.result.single import LLMAttributionResult
 from captum_llm_ext.result.values import checked_tensor, count, optional_tensor
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from typing_extensions import Self
 
 OVER_LAYERS: dict[str, Callable[[Tensor], Tensor]] = {
     "mean": lambda values: values.mean(0),
@@ -63,6 +66,7 @@ class LLMAttentionAttributionResult(LLMLayerAttributionResult):
         (torch.Size([1, 2, 1, 2]), tensor([0.2500, 0.7500]))
     """
 
+    _computed = ()
     __hash__ = None
 
     def __init__(
@@ -107,8 +111,21 @@ class LLMAttentionAttributionResult(LLMLayerAttributionResult):
             "prompt_attention", prompt_attention, per_head | {"queries": n_prompt, "keys": n_prompt}
         )
 
+    def merge(self, spans: str | Spans = "word") -> Self:
+        """The same with several input tokens as one, whose attention is the sum of theirs."""
+        merged = super().merge(spans)
+        if self.reduction != "max":
+            return merged
+        fields = {name: getattr(merged, name) for name in fields_of(merged)}
+        # the largest sum is not the sum of the largest
+        return type(self)(**fields | {"layer_token_attr": merged.attention.amax(1)})
+
     def plot_layer_attr(
-        self, show: bool = False, ax: Axes | None = None, normalize: bool = False
+        self,
+        show: bool = False,
+        ax: Axes | None = None,
+        normalize: bool = False,
+        merge: str | Spans | None = None,
     ) -> tuple[Figure, Axes] | None:
         """Plot layers by input tokens, the first layer at the bottom.
 
@@ -117,8 +134,9 @@ class LLMAttentionAttributionResult(LLMLayerAttributionResult):
             ax: axes to draw into; None (default) for a new figure.
             normalize: divide each layer by its own largest value, a dominant token left aside
                 (default False, since shares of attention compare as they are).
+            merge: "word" or spans to `merge` first; None (default) for tokens.
         """
-        return super().plot_layer_attr(show, ax, normalize)
+        return super().plot_layer_attr(show, ax, normalize, merge)
 
     def _over_layers(self, values: Tensor) -> Tensor:
         return OVER_LAYERS[self.reduction](values)

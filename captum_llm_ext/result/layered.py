@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 import numpy.typing as npt
 from captum.attr import InterpretableInput
 from torch import Tensor
 
-from captum_llm_ext.display import draw_heat_map, relative_to_rows, short_layer_names
-from captum_llm_ext.result.single import LLMAttributionResult, shown
+from captum_llm_ext.display import View, draw_heat_map, relative_to_rows, short_layer_names
+from captum_llm_ext.result.frames import layered_frame
+from captum_llm_ext.result.merge import Spans
+from captum_llm_ext.result.shown import shown
+from captum_llm_ext.result.single import LLMAttributionResult
 from captum_llm_ext.result.values import (
     array,
     checked_tensor,
     count,
+    equal,
     optional_tensor,
     token_list,
 )
@@ -23,6 +28,10 @@ from captum_llm_ext.result.values import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from pandas import DataFrame
+
+
+_T = TypeVar("_T")
 
 
 class LLMLayerAttributionResult(LLMAttributionResult, Mapping[str, LLMAttributionResult]):
@@ -45,6 +54,9 @@ class LLMLayerAttributionResult(LLMAttributionResult, Mapping[str, LLMAttributio
         inp: the interpretable input explained, or None (default).
         layer_n_evaluations, layer_converged: of each layer, the points of its path whose gradient
             was taken, and whether adaptive quadrature met its tolerance; None (default).
+        layer_score_paths: of each layer, points of its path and the sequence score there, shape
+            (2, n_points); None (default).
+        norm: of gradients of which the values are, or None (default) where they add up.
 
     Raises:
         ValueError: a shape does not fit the tokens and layers, or a name comes twice.
@@ -62,6 +74,7 @@ class LLMLayerAttributionResult(LLMAttributionResult, Mapping[str, LLMAttributio
         tensor([2.0000, 0.5000])
     """
 
+    _computed: ClassVar[tuple[str, ...]] = ("seq_attr", "token_attr")
     __hash__ = None  # type: ignore[assignment]
 
     def __init__(
@@ -79,11 +92,14 @@ class LLMLayerAttributionResult(LLMAttributionResult, Mapping[str, LLMAttributio
         inp: InterpretableInput | None = None,
         layer_n_evaluations: Sequence[int | None] | None = None,
         layer_converged: Sequence[bool | None] | None = None,
+        norm: str | None = None,
+        layer_score_paths: Sequence[Tensor | None] | None = None,
     ) -> None:
-        none = [None] * len(layer_names)
-        self.layer_n_evaluations = list(layer_n_evaluations or none)
-        self.layer_converged = list(layer_converged or none)
         self.layer_names = _distinct_layer_names(layer_names)
+        n_layers = len(self.layer_names)
+        self.layer_n_evaluations = _per_layer("layer_n_evaluations", layer_n_evaluations, n_layers)
+        self.layer_converged = _per_layer("layer_converged", layer_converged, n_layers)
+        self.layer_score_paths = _per_layer("layer_score_paths", layer_score_paths, n_layers)
         self.layer_mode = _layer_mode(layer_mode)
         layers, inputs = {"n_layers": len(self.layer_names)}, {"n_input": len(input_tokens)}
         outputs = {"n_output": len(output_tokens)}
@@ -102,6 +118,8 @@ class LLMLayerAttributionResult(LLMAttributionResult, Mapping[str, LLMAttributio
             inp=inp,
             n_evaluations=_sum_of_known(self.layer_n_evaluations),
             converged=_all_of_known(self.layer_converged),
+            norm=norm,
+            score_path=_common_path(self.layer_score_paths),
         )
         rows = layers if layer_mode == "independent" else {}
         self.convergence_delta = optional_tensor(
@@ -131,6 +149,8 @@ class LLMLayerAttributionResult(LLMAttributionResult, Mapping[str, LLMAttributio
             hidden_attr=None if self.hidden_attr is None else self.hidden_attr.get(name),
             n_evaluations=self.layer_n_evaluations[place],
             converged=self.layer_converged[place],
+            norm=self.norm,
+            score_path=self.layer_score_paths[place],
         )
 
     def __iter__(self) -> Iterator[str]:
@@ -143,7 +163,11 @@ class LLMLayerAttributionResult(LLMAttributionResult, Mapping[str, LLMAttributio
         return name in self.layer_names
 
     def plot_layer_attr(
-        self, show: bool = False, ax: Axes | None = None, normalize: bool = True
+        self,
+        show: bool = False,
+        ax: Axes | None = None,
+        normalize: bool = True,
+        merge: str | Spans | None = None,
     ) -> tuple[Figure, Axes] | None:
         """Plot layers by input tokens, the first layer at the bottom.
 
@@ -152,14 +176,20 @@ class LLMLayerAttributionResult(LLMAttributionResult, Mapping[str, LLMAttributio
             ax: axes to draw into; None (default) for a new figure.
             normalize: divide each layer by its own largest absolute value, a dominant token left
                 aside (default True), since layers differ by orders of magnitude.
+            merge: "word" or spans to `merge` first; None (default) for tokens.
         """
-        values, label, scale = array(self.layer_seq_attr), "Sequence Attribution", None
+        result = self._merged(merge)
+        values, label, scale = array(result.layer_seq_attr), "Sequence Attribution", None
         if normalize:
             values, scale = relative_to_rows(values)
             label += " / largest of its layer but for outliers"
         names = short_layer_names(self.layer_names)
-        drawn = draw_heat_map(values[::-1], names[::-1], self.input_tokens, label, ax, scale)
+        drawn = draw_heat_map(values[::-1], names[::-1], result.input_tokens, label, ax, scale)
         return shown(drawn, show)
+
+    def to_dataframe(self, long: bool = False) -> DataFrame:
+        frames = {name: layer.to_dataframe(long) for name, layer in self.items()}
+        return layered_frame(frames, long)
 
     def _place(self, name: str) -> int:
         if name in self.layer_names:
@@ -192,9 +222,17 @@ class LLMLayerAttributionResult(LLMAttributionResult, Mapping[str, LLMAttributio
         """Layers attributed independently have deltas of their own, none in common."""
         return self.convergence_delta if self.layer_mode == "joint" else None
 
+    def _views(self) -> list[View]:
+        whole = [replace(view, name=self._together()) for view in super()._views()]
+        layers = self.items()
+        return whole + [replace(layer._views()[0], name=name) for name, layer in layers]
+
     def _title(self) -> str:
+        return f"{super()._title()}, {self._together()}"
+
+    def _together(self) -> str:
         together = "mean over" if self.layer_mode == "independent" else "sum of"
-        return f"{super()._title()}, {together} {count(len(self), 'layer')}"
+        return f"{together} {count(len(self), 'layer')}"
 
 
 def _distinct_layer_names(names: Sequence[str]) -> list[str]:
@@ -210,6 +248,20 @@ def _layer_mode(mode: str) -> str:
     if mode not in ("independent", "joint"):
         raise ValueError(f'layer_mode: expected "independent" or "joint", got {mode!r}')
     return mode
+
+
+def _per_layer(name: str, values: Sequence[_T | None] | None, n_layers: int) -> list[_T | None]:
+    listed: list[_T | None] = [None] * n_layers if values is None else list(values)
+    if len(listed) != n_layers:
+        raise ValueError(
+            f"{name}: expected one value for each of {count(n_layers, 'layer')}, got {len(listed)}"
+        )
+    return listed
+
+
+def _common_path(paths: Sequence[Tensor | None]) -> Tensor | None:
+    """The path that all layers share, as those of conductance and joint ones do."""
+    return paths[0] if all(equal(path, paths[0]) for path in paths) else None
 
 
 def _sum_of_known(counts: Sequence[int | None]) -> int | None:

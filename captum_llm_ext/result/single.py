@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -10,33 +10,25 @@ from captum.attr import InterpretableInput
 from captum.attr import LLMAttributionResult as CaptumLLMAttributionResult
 from torch import Tensor
 
-from captum_llm_ext.display import (
-    AttributionText,
-    distinct_names,
-    draw_bars,
-    draw_heat_map,
-    draw_shaded_text,
-    print_text,
-    readable_token,
-    render_text,
-)
+from captum_llm_ext.display import distinct_names, readable_tokens
+from captum_llm_ext.result.export import fields_of
+from captum_llm_ext.result.merge import Spans, merged_fields
+from captum_llm_ext.result.shown import ShownResult
+from captum_llm_ext.result.stored import StoredResult
 from captum_llm_ext.result.values import (
     array,
     checked_tensor,
-    count,
     equal,
+    known_norm,
     optional_tensor,
     token_list,
 )
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-_MOST_BARS = 60  # input tokens; a longer prompt is plotted as shaded text
+    from typing_extensions import Self
 
 
-class LLMAttributionResult(CaptumLLMAttributionResult):
+class LLMAttributionResult(ShownResult, StoredResult, CaptumLLMAttributionResult):
     """Attribution of every input token to every output token and to the whole output.
 
     A `captum.attr.LLMAttributionResult` that keeps every value in float32, detached, on the device
@@ -58,9 +50,13 @@ class LLMAttributionResult(CaptumLLMAttributionResult):
             hidden), or (1, n_input, hidden) for the sequence alone; None (default) if not kept.
         n_evaluations: points of the path whose gradient was taken, or None (default).
         converged: whether adaptive quadrature met its tolerance, or None (default).
+        score_path: points of the path and the sequence score there, shape (2, n_points), or None
+            (default); see `plot_path`.
+        norm: of gradients of which the values are, "l1", "l2" or "linf"; None (default) for
+            attributions that add up.
 
     Raises:
-        ValueError: a shape does not fit the tokens.
+        ValueError: a shape does not fit the tokens, or an unknown norm.
         TypeError: tokens are one string rather than a list.
 
     Example:
@@ -92,8 +88,10 @@ class LLMAttributionResult(CaptumLLMAttributionResult):
         hidden_attr: Tensor | None = None,
         n_evaluations: int | None = None,
         converged: bool | None = None,
+        norm: str | None = None,
+        score_path: Tensor | None = None,
     ) -> None:
-        self.n_evaluations, self.converged = n_evaluations, converged
+        self.n_evaluations, self.converged, self.norm = n_evaluations, converged, known_norm(norm)
         super().__init__(
             input_tokens=token_list("input_tokens", input_tokens),
             output_tokens=token_list("output_tokens", output_tokens),
@@ -107,6 +105,7 @@ class LLMAttributionResult(CaptumLLMAttributionResult):
             "convergence_delta", convergence_delta, {"n_output": n_output}, {"sequence": 1}
         )
         self._hidden_attr: Any = self._checked_hidden("hidden_attr", hidden_attr)
+        self.score_path = optional_tensor("score_path", score_path, {"rows": 2, "points": None})
 
     @property
     def seq_attr(self) -> Tensor:
@@ -151,85 +150,44 @@ class LLMAttributionResult(CaptumLLMAttributionResult):
         names = distinct_names(self.input_tokens)
         return dict(zip(names, self.seq_attr.tolist(), strict=True))
 
-    def plot_seq_attr(
-        self, show: bool = False, ax: Axes | None = None
-    ) -> tuple[Figure, Axes] | None:
-        """Plot the sequence attribution: bars, or shaded text for more than 60 input tokens.
+    def merge(self, spans: str | Spans = "word") -> Self:
+        """The same with several input tokens as one: the words of sub-words, or given spans.
+
+        Attributions of a word are the sum of its tokens'. Norms (`norm` "l2" and "linf" of
+        `LayerSaliency`) are combined to what the norm of the word's whole gradient is: the root of
+        the sum of squares, and the largest.
 
         Args:
-            show: True shows the plot and returns None; False (default) returns (figure, axes).
-            ax: axes to draw into; None (default) for a new figure.
-        """
-        draw = draw_bars if len(self.input_tokens) <= _MOST_BARS else draw_shaded_text
-        drawn = draw(array(self.seq_attr), self.input_tokens, "Sequence Attribution", ax)
-        return shown(drawn, show)
+            spans: "word" (default): runs of letters and digits that no space divides; punctuation
+                and tokens of scripts without spaces stay as they are, and so do features that are
+                no tokens (values of a template). Or (start, stop) places of input tokens; those
+                outside all spans stay as they are.
 
-    def plot_token_attr(
-        self, show: bool = False, ax: Axes | None = None
-    ) -> tuple[Figure, Axes] | None:
-        """Plot output tokens by input tokens; more than 60 input tokens continue in blocks below.
-
-        Args:
-            show: True shows the plot and returns None; False (default) returns (figure, axes).
-            ax: axes to draw into; None (default) for a new figure.
+        Returns:
+            A result with the words as `input_tokens` and without `inp`; scores and convergence
+            deltas stay as they were.
 
         Raises:
-            ValueError: there is no `token_attr`; plot `plot_seq_attr` instead.
+            ValueError: spans that overlap or leave the input.
+
+        Example:
+            >>> result = LLMAttributionResult(
+            ...     input_tokens=["Ġun", "believ", "able", "Ġnews"],
+            ...     output_tokens=["!"],
+            ...     seq_attr=[1.0, 2.0, 3.0, 4.0],
+            ... )
+            >>> result.merge("word").seq_attr_dict
+            {' unbelievable': 6.0, ' news': 4.0}
         """
-        if self.token_attr is None:
-            raise ValueError(
-                "token_attr is None, since only the sequence was attributed: use plot_seq_attr, "
-                "or attribute with include_per_token_attr=True"
-            )
-        values = array(self.token_attr)
-        drawn = draw_heat_map(
-            values, self.output_tokens, self.input_tokens, "Token Attribution", ax
-        )
-        return shown(drawn, show)
-
-    def to_text(self, color: bool = True, width: int | None = None) -> str:
-        """Table for a terminal: a row per input token, columns sequence and output tokens.
-
-        More than 60 input tokens are shown as shaded text and a table of the 20 largest.
-
-        Args:
-            color: shade the cells with ANSI colours (default True).
-            width: columns of the terminal; None (default) for the present one.
-        """
-        return render_text(self._text(), color, width)
-
-    def print(self, file: IO[str] | None = None) -> None:
-        """Print the table of `to_text`, in colours where the terminal or notebook has them.
-
-        Args:
-            file: where to; None (default) for standard output.
-        """
-        print_text(self._text(), file)
-
-    def _text(self) -> AttributionText:
-        footers = {"log probability": self.output_probs, "convergence delta": self._footer_delta()}
-        return AttributionText(
-            self._title(),
-            self.input_tokens,
-            self.output_tokens,
-            array(self.seq_attr),
-            None if self.token_attr is None else array(self.token_attr),
-            {name: array(values) for name, values in footers.items() if values is not None},
-        )
-
-    def _footer_delta(self) -> Tensor | None:
-        return self.convergence_delta
-
-    def _title(self) -> str:
-        n_input, n_output = len(self.input_tokens), len(self.output_tokens)
-        return f"{count(n_input, 'input token')} -> {count(n_output, 'output token')}"
+        stored = [name for name in fields_of(self) if name not in self._computed]
+        fields = {name: getattr(self, name) for name in stored}
+        return type(self)(**merged_fields(fields, spans, self.inp))
 
     def _top(self, number: int = 3) -> str:
         values = array(self.seq_attr)
         largest = np.argsort(-np.abs(np.nan_to_num(values)), kind="stable")[:number]
-        tokens = [readable_token(self.input_tokens[place], 20) for place in largest]
-        pairs = zip(tokens, values[largest], strict=True)
-        return ", ".join(f"'{token}' {value:.3g}" for token, value in pairs)
+        tokens = readable_tokens(self.input_tokens, 20)
+        return ", ".join(f"'{tokens[place]}' {values[place]:.3g}" for place in largest)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._title()}, top: {self._top()})"
@@ -244,12 +202,3 @@ class LLMAttributionResult(CaptumLLMAttributionResult):
         inputs = {"n_input": len(self.input_tokens), "hidden": None}
         outputs = {"n_output": len(self.output_tokens)}
         return optional_tensor(name, hidden_attr, outputs | inputs, {"sequence": 1} | inputs)
-
-
-def shown(drawn: tuple[Figure, Axes], show: bool) -> tuple[Figure, Axes] | None:
-    if not show:
-        return drawn
-    import matplotlib.pyplot as plt
-
-    plt.show()
-    return None

@@ -9,6 +9,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+FloatArray = npt.NDArray[np.float32]
+
 
 def token_list(name: str, tokens: Sequence[str]) -> list[str]:
     if isinstance(tokens, str):
@@ -45,8 +47,14 @@ def _sizes(shape: Mapping[str, int | None]) -> str:
     return f"({', '.join('any' if size is None else str(size) for size in shape.values())})"
 
 
-def array(values: Tensor) -> npt.NDArray[np.float32]:
+def array(values: Tensor) -> FloatArray:
     return values.detach().cpu().numpy()
+
+
+def known_norm(norm: str | None) -> str | None:
+    if norm not in (None, "l1", "l2", "linf"):
+        raise ValueError(f'norm: expected "l1", "l2", "linf" or None, got {norm!r}')
+    return norm
 
 
 def count(number: int, what: str) -> str:
