@@ -41,6 +41,7 @@ from captum_llm_ext.compat import (
     InterpretableInput,
 )
 from captum_llm_ext.differentiate import attribute_layers, holds_whole_state, is_conductance
+from captum_llm_ext.encoder_decoder import check_start
 from captum_llm_ext.forward_mode import is_cheaper
 from captum_llm_ext.hooks import evaluating, frozen_parameters, without_checkpointing
 from captum_llm_ext.inputs import Features, baseline_tokens, read_features
@@ -281,11 +282,15 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
             return None
         ids, length = forcing.ids, forcing.ids.size(1)
         if not isinstance(inp, CaptumTextTemplateInput):
-            return path_start(baselines, inp, ids, features.column_at(length) >= 0, self.model)
-        neutral = "mean" if baselines is None else baselines
-        values = baseline_tokens(inp, self.tokenizer)
-        value_at = features.value_at(length)
-        return template_start(neutral, values, value_at, ids, self.tokenizer, self.model)
+            replaced = features.column_at(length) >= 0
+            start = path_start(baselines, inp, ids, replaced, self.model)
+        else:
+            neutral = "mean" if baselines is None else baselines
+            values = baseline_tokens(inp, self.tokenizer)
+            value_at = features.value_at(length)
+            start = template_start(neutral, values, value_at, ids, self.tokenizer, self.model)
+        check_start(forcing.model, start)
+        return start
 
     def _result(
         self,
