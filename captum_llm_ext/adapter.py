@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from captum_llm_ext.layers import Site
+from captum_llm_ext.layers import Site, decoder_blocks
 from captum_llm_ext.model_parts import named_by_model
 
 Part = tuple[int, int]
@@ -51,6 +51,10 @@ class Adapter(nn.Module):
         """How many positions the model needs for a prompt and the target ids after it."""
         return n_prompt + n_fed
 
+    def whole_blocks(self) -> list[nn.Module]:
+        """The blocks that all which the scores depend on passes."""
+        return decoder_blocks(self.model)
+
     @abstractmethod
     def logits_after(self, prompts: Sequence[Tensor], fed: Tensor) -> Tensor:
         """Logits (rows, n_output, …) after prompts of any lengths and the target's `fed` ids."""
@@ -74,3 +78,8 @@ def parts_of(model: nn.Module, length: int) -> list[Part]:
 def context_length(model: nn.Module, n_prompt: int, n_fed: int) -> int:
     """How many positions a model needs for a prompt and the target ids after it."""
     return model.context(n_prompt, n_fed) if isinstance(model, Adapter) else n_prompt + n_fed
+
+
+def whole_blocks(model: nn.Module) -> list[nn.Module]:
+    """The blocks that all which the scores depend on passes."""
+    return model.whole_blocks() if isinstance(model, Adapter) else decoder_blocks(model)

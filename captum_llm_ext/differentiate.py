@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from captum_llm_ext.adapter import whole_blocks
 from captum_llm_ext.adaptive import walk_adaptively
 from captum_llm_ext.baselines import PathStart
 from captum_llm_ext.conductance import ConductanceWalk
@@ -65,7 +66,7 @@ def with_embeddings(sites: Sequence[Site], model: nn.Module) -> list[Site]:
 
 def holds_whole_state(site: Site, model: nn.Module) -> bool:
     """Whether all that the scores depend on passes the site: the embeddings, or a block."""
-    return site.module in [token_embedding(model), *decoder_blocks(model)]
+    return site.module in [token_embedding(model), *whole_blocks(model)]
 
 
 def _divides(rule: Rule, plan: Plan) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from captum_llm_ext.adapter import Adapter, Part
+from captum_llm_ext.baselines import PathStart
 from captum_llm_ext.hooks import is_ids
 from captum_llm_ext.layers import Site
 from captum_llm_ext.model_parts import token_embedding
@@ -46,6 +47,9 @@ class EncoderDecoder(Adapter):
 
     def parts(self, length: int) -> list[Part]:
         return [(0, length), (0, self.n_encoder), (self.n_encoder, length)]
+
+    def whole_blocks(self) -> list[nn.Module]:
+        return []  # those of the decoder do not hold the encoder's states, nor these the decoder's
 
     def context(self, n_prompt: int, n_fed: int) -> int:
         return max(n_prompt - 1, 1 + n_fed)
@@ -127,6 +131,21 @@ def _embedded_as(embeddings: TokenEmbeddings, ids: Tensor, embedded: Tensor) -> 
         raise ValueError(
             f"{type(waiting[0][0]).__name__} does not embed the ids that the model is given, so "
             "nothing can be attributed to its input embeddings"
+        )
+
+
+def check_start(model: nn.Module, start: PathStart) -> None:
+    """Refuse embeddings of the encoder as the baseline of a decoder that has others."""
+    if not isinstance(model, EncoderDecoder) or start.embeddings is None:
+        return
+    encoder, decoder = (
+        half.weight for half in (model.embeddings.encoder, model.embeddings.decoder)
+    )
+    generated = start.replaced[model.n_encoder :].any()
+    if generated and encoder.data_ptr() != decoder.data_ptr():  # type: ignore[operator]
+        raise ValueError(
+            "encoder and decoder embed tokens differently here, so no embedding is the baseline of "
+            "both: with include_generated=True give a token id as the baseline"
         )
 
 

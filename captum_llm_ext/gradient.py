@@ -41,6 +41,7 @@ from captum_llm_ext.compat import (
     InterpretableInput,
 )
 from captum_llm_ext.differentiate import attribute_layers, holds_whole_state, is_conductance
+from captum_llm_ext.encoder_decoder import check_start
 from captum_llm_ext.forward_mode import is_cheaper
 from captum_llm_ext.hooks import evaluating, frozen_parameters, without_checkpointing
 from captum_llm_ext.inputs import Features, baseline_tokens, read_features
@@ -250,8 +251,9 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
                 for baseline in several
             ]
             more = [read_rule(self.attr_method, method_options) for _ in starts[1:]]
-            totals = _Job(forcing, sites, plan).run([rule, *more], starts, show_progress)
-            return self._result(sites, totals, features, tokens, inp, plan, layer_mode)
+            job = _Job(forcing, sites, plan)
+            totals = job.run([rule, *more], starts, show_progress)
+            return self._result(job, totals, features, tokens, inp, layer_mode)
 
     def _probed(
         self, forcing: TeacherForcing, features: Features, reuse_prefix: bool
@@ -280,30 +282,34 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
             return None
         ids, length = forcing.ids, forcing.ids.size(1)
         if not isinstance(inp, CaptumTextTemplateInput):
-            return path_start(baselines, inp, ids, features.column_at(length) >= 0, self.model)
-        neutral = "mean" if baselines is None else baselines
-        values = baseline_tokens(inp, self.tokenizer)
-        value_at = features.value_at(length)
-        return template_start(neutral, values, value_at, ids, self.tokenizer, self.model)
+            replaced = features.column_at(length) >= 0
+            start = path_start(baselines, inp, ids, replaced, self.model)
+        else:
+            neutral = "mean" if baselines is None else baselines
+            values = baseline_tokens(inp, self.tokenizer)
+            value_at = features.value_at(length)
+            start = template_start(neutral, values, value_at, ids, self.tokenizer, self.model)
+        check_start(forcing.model, start)
+        return start
 
     def _result(
         self,
-        sites: Sequence[Site],
+        job: _Job,
         totals: Mapping[Site, LayerTotal],
         features: Features,
         tokens: list[str],
         inp: InterpretableInput,
-        plan: Plan,
         layer_mode: str,
     ) -> LLMAttributionResult:
+        plan, model = job.plan, job.forcing.model
         columns = {
             site: layer_columns(total, features, plan.per_token, plan.keep_hidden)
             for site, total in totals.items()
         }
-        by_site = {site: columns[site] for site in sites}
+        by_site = {site: columns[site] for site in job.sites}
         checked = list(by_site.values())
         if isinstance(self.attr_method, LayerConductance):
-            checked = [x for site, x in columns.items() if holds_whole_state(site, self.model)]
+            checked = [x for site, x in columns.items() if holds_whole_state(site, model)]
         check_totals(totals)
         warn_of_zeros(totals)
         warn_unless_converged(checked, plan.joint, tokens)

@@ -9,6 +9,7 @@ import captum.attr
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 from captum_llm_ext import (
@@ -20,8 +21,9 @@ from captum_llm_ext import (
     segment_input,
 )
 from tests.cases import BASELINE, METHODS, STEPS, assert_close, our_attribution
-from tests.families import PROMPT, tiny_tokenizer
+from tests.families import PROMPT, VOCAB_SIZE, _randomise, tiny_tokenizer
 from tests.seq2seq_families import (
+    CONFIGS,
     FAMILIES,
     LAYERS,
     decoder_ids,
@@ -383,3 +385,39 @@ def test_prompt_and_target_do_not_share_the_context() -> None:
             inp, target=target
         )
     assert result.token_attr.shape == (40, n_prompt)
+
+
+# --- with other parts of the package --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_conductance_at_the_embeddings_is_integrated_gradients(family: str) -> None:
+    """Along its own path a layer's conductance is its integrated gradients."""
+    model, inp, target = tiny_seq2seq(family), prompt(), target_of(2)
+    how: dict[str, Any] = {"target": target, "method": "adaptive", "tol": 0.01, "max_rows": 8000}
+    found, expected = (
+        LLMGradientAttribution(kind(model, model.get_input_embeddings()), tiny_tokenizer())
+        .attribute(inp, **how)
+        .token_attr
+        for kind in (captum.attr.LayerConductance, LayerIntegratedGradients)
+    )
+    assert (found - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+def test_an_encoder_and_a_decoder_with_embeddings_of_their_own() -> None:
+    kind, settings = CONFIGS["marian"]
+    settings = {**settings, "share_encoder_decoder_embeddings": False, "tie_word_embeddings": False}
+    config = getattr(transformers, kind)(**settings, decoder_vocab_size=VOCAB_SIZE)
+    model: Any = _randomise(transformers.MarianMTModel(config))
+    layer, target, inp = model.get_input_embeddings(), target_of(3), prompt()
+    halves = model.get_encoder().embed_tokens, model.get_decoder().embed_tokens
+    assert not torch.equal(halves[0].weight, halves[1].weight)
+    expected = loop_with_generated(
+        "LayerIntegratedGradients", model, halves, inp.inp_tensor, target, BASELINE, n_steps=STEPS
+    )
+    how: dict[str, Any] = {"target": target, "include_generated": True}
+    result = our_attribution(LayerIntegratedGradients, model, layer, inp, **how)
+    assert_close(result.token_attr, expected)
+    with pytest.raises(ValueError, match="give a token id as the baseline"):
+        our_attribution(LayerIntegratedGradients, model, layer, inp, baselines="mean", **how)
+    our_attribution(LayerIntegratedGradients, model, layer, inp, baselines="mean", target=target)

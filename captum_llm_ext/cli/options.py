@@ -46,6 +46,10 @@ def loaded(arguments: argparse.Namespace) -> tuple[Any, Any]:
         if options.get("task") == CAUSAL:  # which it is
             del options["task"]
         if options:
+            if "task" in options:
+                raise ValueError(
+                    f"--task {options['task']} needs a --model: the demo model is causal"
+                )
             names = ", ".join(f"--{name.replace('_', '-')}" for name in options)
             raise ValueError(f"{names}: of a model that --model names, not of the demo model")
         return load_demo_model()
