@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from captum_llm_ext.layers import Site, decoder_blocks
 from captum_llm_ext.model_parts import known_token_embedding
 from captum_llm_ext.model_pass import Pass, TeacherForcing
 from captum_llm_ext.quantized import quantized_layers, quantizes_activations
+from captum_llm_ext.targets import Target
 
 
 def check_ids(forcing: TeacherForcing) -> None:
@@ -121,6 +123,8 @@ def check_gradients(forcing: TeacherForcing) -> None:
     for name, x in _last_inputs(forcing, layers).items():
         _check_backward(name, layers[name], x)
     blocks = [Site(f"block {i}", b) for i, b in enumerate(decoder_blocks(forcing.model))]
+    # Of the logits, whose gradient does not vanish where the model is certain of its target.
+    forcing = replace(forcing, target=Target(forcing.target.ids, "logit"))
     ids = forcing.fed(forcing.ids, forcing.whole)
     with embedding_leaves(forcing.model, ids) as leaves, reading(blocks) as read:
         scored = forcing.run(ids, forcing.whole)
@@ -144,13 +148,21 @@ def _last_inputs(forcing: TeacherForcing, layers: Mapping[str, nn.Module]) -> di
     inputs: dict[str, Tensor] = {}
 
     def recorder(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda module, args: inputs.update({name: args[0][:1, -1:].detach().clone()})
+        def record(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            inputs[name] = _last_row(args[0])
+
+        return record
 
     with ExitStack() as stack:
         for name, module in layers.items():
             stack.callback(module.register_forward_pre_hook(recorder(name)).remove)
         forcing.run(forcing.fed(forcing.ids, forcing.whole), forcing.whole)
     return inputs
+
+
+def _last_row(x: Tensor) -> Tensor:
+    """The last of the vectors (…, width) as (1, …, width): some models feed rows of no batch."""
+    return x.detach().flatten(0, -2)[-1:].clone().view(*[1] * (x.dim() - 1), -1)
 
 
 def _check_backward(name: str, layer: nn.Module, x: Tensor) -> None:

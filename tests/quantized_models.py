@@ -1,6 +1,7 @@
 """Quantised models to test with, and their weights worked out by hand from the stored bytes.
 
-Needs bitsandbytes. Nothing here uses the package's own dequantisation.
+Test modules that import this are skipped where bitsandbytes is missing. Nothing here uses the
+package's own dequantisation.
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ from collections.abc import Callable, Mapping
 from copy import deepcopy
 from typing import Any
 
-import bitsandbytes as bnb
+import pytest
 import torch
 import transformers
 from torch import Tensor, nn
 
 from tests.families import VOCAB_SIZE, _randomise
+
+bnb: Any = pytest.importorskip("bitsandbytes", reason="quantised models need bitsandbytes")
 
 # A processor's packed layout wants rows by 32 and columns by 64.
 SIZES = {
@@ -96,6 +99,7 @@ def stored_weights(model: nn.Module, rounded: bool = False) -> dict[str, Tensor]
     rounded: scales rounded to bfloat16, as where a processor packs them.
     """
     found: dict[str, Tensor] = {}
+    module: Any
     for name, module in model.named_modules():
         if isinstance(module, bnb.nn.Linear4bit):
             found[name] = _of_4_bits(module.weight, rounded)

@@ -23,10 +23,6 @@ from torch.nn.functional import cosine_similarity
 from captum_llm_ext import LayerSaliency, LLMAttribution, LLMGradientAttribution, load_model
 from captum_llm_ext.models import DEMO_FOLDER, _cache_folder
 from tests.cases import assert_close, captum_attribution
-
-pytest.importorskip("bitsandbytes", reason="quantised models need bitsandbytes")
-pytest.importorskip("accelerate", reason="loading quantised models needs accelerate")
-
 from tests.quantized_models import is_packed, layout, stored_weights, with_weights
 
 pytestmark = [
@@ -82,9 +78,9 @@ def loaded(request: Any, demo_model: Any) -> Iterator[Loaded]:
     ids = TextTokenInput(PROMPT, tokenizer).inp_tensor
     model.generate(ids, max_new_tokens=2, do_sample=False)
     reference = with_weights(demo_model[0], weights[is_packed(model)], model)
-    yield Loaded(
-        request.param, model, tokenizer, reference, layout(model), logits_of(model, ids)
-    )
+    case = Loaded(request.param, model, tokenizer, reference, layout(model), logits_of(model, ids))
+    yield case
+    check_unchanged(case)  # by whichever tests ran
 
 
 def attribute(case: Loaded, model: nn.Module, method: str, layers: Any) -> Any:
@@ -197,6 +193,11 @@ def direct_scores(model: nn.Module, prompt: Tensor, target: Tensor) -> Tensor:
 
 
 def test_the_model_is_as_it_was(loaded: Loaded) -> None:
-    """Runs last: after all of the above, bytes, packing, flags, forwards and logits are the same."""
-    assert layout(loaded.model) == loaded.before
-    assert torch.equal(logits_of(loaded.model, loaded.inp.inp_tensor), loaded.logits)
+    attribute(loaded, loaded.model, "saliency", LAYERS)
+    check_unchanged(loaded)
+
+
+def check_unchanged(case: Loaded) -> None:
+    """Bytes, packing, flags and forwards are what they were, and the logits to the last bit."""
+    assert layout(case.model) == case.before
+    assert torch.equal(logits_of(case.model, case.inp.inp_tensor), case.logits)
