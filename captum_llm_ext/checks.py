@@ -114,7 +114,7 @@ def check_causal(forcing: TeacherForcing, probe: Pass, product: bool = True) -> 
 def check_gradients(forcing: TeacherForcing) -> None:
     """Refuse quantised layers whose backward is missing or wrong, before any work.
 
-    A linear layer f with bias b has ‖f(x) − b‖² = ⟨fᵀ(f(x) − b), x⟩, where fᵀ is its backward.
+    A linear layer f with bias b = f(0) has ‖f(x) − b‖² = ⟨fᵀ(f(x) − b), x⟩, fᵀ its backward.
     Then one backward from the score must reach the embeddings and every block.
     """
     layers = quantized_layers(forcing.model)
@@ -170,8 +170,8 @@ def _check_backward(name: str, layer: nn.Module, x: Tensor) -> None:
     output = layer(leaf)
     if not output.requires_grad:
         raise ValueError(f"{name} ({type(layer).__name__}) has no backward: {_ADVICE}")
-    bias = getattr(layer, "bias", None)
-    linear = (output if bias is None else output - bias).detach()
+    with torch.no_grad():  # not all of them have their bias in an attribute
+        linear = output - layer(torch.zeros_like(x))
     (back,) = torch.autograd.grad(output, leaf, linear, allow_unused=True, materialize_grads=True)
     truth, found = linear.float().square().sum(), (back.float() * x.detach().float()).sum()
     if (truth - found).abs() > 0.1 * truth:
