@@ -32,6 +32,7 @@ from captum_llm_ext import (
     coalitions,
     gradient,
     hooks,
+    model_pass,
     path_walk,
     perturbation,
     prompts,
@@ -106,7 +107,7 @@ def valueless(monkeypatch: Any) -> Iterator[nn.Module]:
     monkeypatch.setattr(gradient, "check_ids", lambda forcing: None)
     monkeypatch.setattr(perturbation, "check_ids", lambda forcing: None)
     monkeypatch.setattr(checks, "check_finite", lambda probe: None)
-    monkeypatch.setattr(checks.Pass, "is_causal", lambda scored: True)
+    monkeypatch.setattr(model_pass.Pass, "is_causal", lambda scored: True)
     monkeypatch.setattr(hooks, "_is_ids", lambda tensor, ids: tensor.shape == ids.shape)
     monkeypatch.setattr(path_walk.PathWalk, "_is_models_own", lambda walk, scored: True)
     monkeypatch.setattr(Features, "n_columns", property(lambda features: len(features.names)))
@@ -255,7 +256,7 @@ def test_spread_perturbations_equal_the_undivided_models(split: nn.Module, metho
         torch.manual_seed(0)
         wrapper = LLMAttribution(method(model), tiny_tokenizer())
         found.append(wrapper.attribute(inp, target=target_ids(3)).token_attr)
-    assert_close(*found, 1e-5)
+    assert_close(found[0], found[1], 1e-5)
     assert state(split) == before
 
 

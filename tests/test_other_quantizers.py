@@ -173,7 +173,7 @@ class Cut(nn.Module):
 
 
 def test_a_gradient_that_does_not_reach_the_embeddings_is_refused() -> None:
-    model = with_layers(Whole)
+    model: Any = with_layers(Whole)
     model.model.layers[2] = Cut(model.model.layers[2])
     with pytest.raises(ValueError, match="no gradient reaches the embeddings, block 0, block 1"):
         attribute(model)
@@ -182,10 +182,10 @@ def test_a_gradient_that_does_not_reach_the_embeddings_is_refused() -> None:
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor", "ignore:quantized..linear_dynamic")
 def test_dynamic_quantisation_of_torch_is_refused() -> None:
     model = tiny_model("llama", fresh=True)
-    with pytest.warns(DeprecationWarning):
+    with pytest.warns(DeprecationWarning, match=r"torch.ao|quantization"):
         model = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
     for method in METHODS:
-        with pytest.raises(ValueError, match="has (no|a wrong) backward"):
+        with pytest.raises(ValueError, match=r"has (no|a wrong) backward"):
             attribute(model, method)
 
 
