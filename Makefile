@@ -60,6 +60,8 @@ bench: $(STAMP)
 	$(BIN)/python -m tests.benchmarks.perturbations
 	$(BIN)/python -m tests.benchmarks.prefixes
 	$(BIN)/python -m tests.benchmarks.forward
+	@echo "== 4, 8 and 16 bits against float32"
+	$(BIN)/python -m tests.benchmarks.quantization
 
 clean:
 	rm -rf $(VENV) build dist demo .mypy_cache .pytest_cache .ruff_cache .hypothesis

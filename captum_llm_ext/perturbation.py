@@ -288,7 +288,8 @@ class LLMAttribution(CaptumLLMAttribution):
         method.forward_func = forward
         if rehearsal and isinstance(method, Lime):  # its surrogate must not learn from zeros
             method.interpretable_model = deepcopy(method.interpretable_model)
-        result: Tensor = method.attribute(inp.to_tensor().to(self.device), **kwargs)
+        present = inp.to_tensor().to(input_device(self.model, self.device))
+        result: Tensor = method.attribute(present, **kwargs)
         return result
 
     def _inspect(
