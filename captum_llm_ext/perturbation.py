@@ -32,6 +32,7 @@ from captum_llm_ext.compat import (
     default_perturb_func,
 )
 from captum_llm_ext.inputs import check_template, drawn, with_baselines
+from captum_llm_ext.model_parts import input_device
 from captum_llm_ext.quantized import quietly
 from captum_llm_ext.result import LLMAttributionResult
 from captum_llm_ext.targets import (
