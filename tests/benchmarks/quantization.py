@@ -90,10 +90,12 @@ def attribute(model: nn.Module, tokenizer: Any, method: str, prompt: str, target
     return wrapper.attribute(TextTokenInput(prompt, tokenizer), target=target, **options)
 
 
-def cosines(case: Loaded, method: str) -> dict[str, float]:
+def cosines(
+    case: Loaded, method: str, prompt: str = PROMPT, target: str = TARGET
+) -> dict[str, float]:
     """Of the attributions of every target token to every prompt token, by layer."""
     found, expected = (
-        attribute(model, case.tokenizer, method, PROMPT, TARGET)
+        attribute(model, case.tokenizer, method, prompt, target)
         for model in (case.model, case.reference)
     )
     return {
@@ -104,6 +106,17 @@ def cosines(case: Loaded, method: str) -> dict[str, float]:
         )
         for layer, name in LAYERS.items()
     }
+
+
+def second_prompt(name: str, case: Loaded) -> dict[str, Any]:
+    """Integrated gradients again, since how uneven a path is depends on the prompt."""
+    method = list(METHODS)[-1]
+    found = cosines(case, method, *RANKED[1])
+    print(
+        f"{name:16} the same of a short prompt       "
+        + "".join(f"{x:9.4f}" for x in found.values())
+    )
+    return {"precision": name, "method": f"{method}, short prompt", "cosine": found}
 
 
 def saliencies(model: nn.Module, tokenizer: Any) -> list[Tensor]:
@@ -136,6 +149,7 @@ def main() -> None:
             found = cosines(case, method)
             rows.append({"precision": name, "method": method, "cosine": found})
             print(f"{name:16} {method:30}" + "".join(f"{x:9.4f}" for x in found.values()))
+        rows.append(second_prompt(name, case))
         ranks = rank_correlations(saliencies(case.model, tokenizer), unquantised)
         median = statistics.median(ranks)
         rows.append({"precision": name, "rank correlation": ranks, "median": median})
