@@ -57,8 +57,7 @@ class LLMAttentionAttribution(BaseLLMAttribution):
         ValueError: an unknown reduction, a layer that is not in the model, heads that are not
             distinct indices, a model that is not one of transformers, or has an encoder.
 
-    Example::
-
+    Example:
         >>> inp = TextTokenInput("The capital of France is", tokenizer)
         >>> result = LLMAttentionAttribution(model, tokenizer).attribute(inp, target=" Paris")
         >>> result.token_attr.shape, result.attention.shape
