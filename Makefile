@@ -12,13 +12,14 @@ export OMP_NUM_THREADS := $(THREADS)
 DAVE := Dave lives in Palm Coast, FL and is a lawyer. His personal interests include
 GOLF := playing golf, hiking, and spending time with his family and friends.
 
-.PHONY: help install demo test lint format bench clean
+.PHONY: help install demo test lint format docs bench clean
 
 help:
 	@echo "make demo   which words of a prompt made the small real model say what it said"
 	@echo "make test   the whole test suite"
 	@echo "make lint   style, formatting and types"
 	@echo "make format put the formatting right"
+	@echo "make docs   the documentation as pages, in site/"
 	@echo "make bench  timings against Captum"
 	@echo "make clean  delete .venv and everything generated"
 
@@ -54,6 +55,10 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(STAMP)
+	@echo "== building the pages: site/index.html"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 bench: $(STAMP)
 	@echo "== timing against Captum: run it on a machine that does nothing else"
 	$(BIN)/python -m tests.benchmarks.gradients
@@ -64,4 +69,4 @@ bench: $(STAMP)
 	$(BIN)/python -m tests.benchmarks.quantization
 
 clean:
-	rm -rf $(VENV) build dist demo .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist demo site .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -60,8 +60,7 @@ class LLMAttentionAttribution(BaseLLMAttribution):
         ValueError: an unknown reduction, a layer that is not in the model, heads that are not
             distinct indices, a model that is not one of transformers, or is not causal.
 
-    Example::
-
+    Example:
         >>> inp = TextTokenInput("The capital of France is", tokenizer)
         >>> result = LLMAttentionAttribution(model, tokenizer).attribute(inp, target=" Paris")
         >>> result.token_attr.shape, result.attention.shape

@@ -120,10 +120,10 @@ def explain(
         TypeError: the prompt is none of the kinds above.
 
     Example:
-        >>> model, tokenizer = load_demo_model()  # doctest: +SKIP
+        >>> model, tokenizer = load_demo_model()
         >>> result = explain(model, tokenizer, "The capital of France is", " Paris")
-        ... # doctest: +SKIP
-        >>> result.print()  # doctest: +SKIP
+        >>> result.seq_attr.shape, result.token_attr.shape
+        (torch.Size([5]), torch.Size([1, 5]))
 
     Source: Kokhlikyan et al., "Captum" (2020), arXiv:2009.07896; Miglani et al., "Using Captum to
     explain generative language models" (2023), arXiv:2312.05491.

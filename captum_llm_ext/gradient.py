@@ -86,9 +86,8 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
     Integrated gradients: Sundararajan et al. 2017, https://arxiv.org/abs/1703.01365. Captum's
     wrappers: Miglani et al. 2023, https://arxiv.org/abs/2312.05491.
 
-    Example::
-
-        >>> method = LayerIntegratedGradients(model, model.get_input_embeddings())
+    Example:
+        >>> method = LayerGradientXActivation(model, model.get_input_embeddings())
         >>> inp = TextTokenInput("The capital of France is", tokenizer)
         >>> result = LLMGradientAttribution(method, tokenizer).attribute(inp, target=" Paris")
         >>> result.token_attr.shape

@@ -36,8 +36,7 @@ def find_layers(model: nn.Module, *patterns: str) -> dict[str, nn.Module]:
     Raises:
         ValueError: no pattern was given, or a pattern matches nothing (close names are listed).
 
-    Example::
-
+    Example:
         >>> layers = find_layers(model, "q_proj", "model.layers.*.mlp")
         >>> list(layers)[:2]
         ['model.layers.0.self_attn.q_proj', 'model.layers.0.mlp']

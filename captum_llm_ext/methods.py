@@ -52,8 +52,7 @@ class LayerSaliency(LayerAttribution, GradientAttribution):
     Simonyan et al. 2013, Deep Inside Convolutional Networks, https://arxiv.org/abs/1312.6034;
     with the norm over embeddings, Li et al. 2016, https://arxiv.org/abs/1506.01066.
 
-    Example::
-
+    Example:
         >>> method = LayerSaliency(model, model.get_input_embeddings())
         >>> result = LLMGradientAttribution(method, tokenizer).attribute(inp, target=" Paris")
         >>> result.seq_attr.shape

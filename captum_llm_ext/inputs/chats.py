@@ -39,8 +39,7 @@ def chat_input(
         ValueError: no chat template, a role that no message has, a message that the template
             changes or leaves out, or nothing to attribute to.
 
-    Example::
-
+    Example:
         >>> inp = chat_input([{"role": "user", "content": "Where is Paris?"}], tokenizer)
         >>> inp.values
         ['Where', 'Ġis', 'ĠParis', '?']

@@ -37,8 +37,7 @@ def segment_input(
     Raises:
         ValueError: no segment was found, or spans overlap or leave the text.
 
-    Example::
-
+    Example:
         >>> segment_input("It rains. Stay in.", by="sentence").values
         ['It rains.', 'Stay in.']
     """

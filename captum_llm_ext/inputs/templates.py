@@ -24,8 +24,7 @@ class TextTemplateInput(CaptumTextTemplateInput):
     Raises:
         ValueError: baselines or mask that do not fit the values.
 
-    Example::
-
+    Example:
         >>> inp = TextTemplateInput("{} lives in {}", ["Dave", "Palm Coast"])
         >>> inp.to_model_input()
         'Dave lives in Palm Coast'

@@ -33,8 +33,7 @@ class TextTokenInput(CaptumTextTokenInput):
         ValueError: a token string is not in the vocabulary (Captum takes it for an unknown
             token without a word).
 
-    Example::
-
+    Example:
         >>> inp = TextTokenInput("The capital of France is", tokenizer, baselines="pad")
         >>> inp.n_itp_features
         5

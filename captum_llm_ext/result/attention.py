@@ -36,7 +36,8 @@ class LLMAttentionAttributionResult(LLMLayerAttributionResult):
     means of these over the target tokens.
 
     Args:
-        input_tokens, output_tokens: n_input tokens or features, n_output target tokens.
+        input_tokens: n_input tokens or features.
+        output_tokens: n_output target tokens.
         layer_names: n_layers distinct names of attention modules.
         layer_token_attr: shape (n_layers, n_output, n_input), the heads reduced.
         attention: softmaxed weights, shape (n_layers, n_heads, n_output, n_input).

@@ -52,8 +52,10 @@ class LLMLayerAttributionResult(LLMAttributionResult, Mapping[str, LLMAttributio
         hidden_attr: layer name → shape (n_output, n_input, hidden); None (default) if not kept.
         output_probs: log probability of each output token, shape (n_output,), or None (default).
         inp: the interpretable input explained, or None (default).
-        layer_n_evaluations, layer_converged: of each layer, the points of its path whose gradient
-            was taken, and whether adaptive quadrature met its tolerance; None (default).
+        layer_n_evaluations: of each layer, the points of its path whose gradient was taken; None
+            (default).
+        layer_converged: of each layer, whether adaptive quadrature met its tolerance; None
+            (default).
         layer_score_paths: of each layer, points of its path and the sequence score there, shape
             (2, n_points); None (default).
         norm: of gradients of which the values are, or None (default) where they add up.

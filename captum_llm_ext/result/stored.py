@@ -35,9 +35,9 @@ class StoredResult:
         Raises:
             ImportError: pandas is missing (``captum-llm-ext[export]``).
 
-        Example::
-
-            largest = result.to_dataframe()["sequence"].nlargest(3)
+        Example:
+            >>> result.to_dataframe()["sequence"].nlargest(2).index.tolist()
+            ['The', 'Ġcapital']
         """
         return long_frame(self) if long else wide_frame(self)
 
@@ -73,9 +73,9 @@ class StoredResult:
             ValueError: damaged text, one of a newer version, or a result of another class.
             OSError: the file cannot be read.
 
-        Example::
-
-            result == LLMAttributionResult.from_json(result.to_json())
+        Example:
+            >>> LLMAttributionResult.from_json(result.to_json()) == result
+            True
         """
         kind, values = read_json(source)
         found = next((c for c in _with_subclasses(cls) if c.__name__ == kind), None)

@@ -1,0 +1,85 @@
+"""Draws the figures of README and of the pages: `python docs/make_images.py [name …]`.
+
+From the demo model, on one thread; without names all of them. "html" needs playwright and Chromium.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+
+from captum_llm_ext import explain, load_demo_model, segment_input
+
+IMAGES = Path(__file__).parent / "images"
+PROMPT, TARGET = "The capital of France is", " Paris"
+BLOCKS = ["model.layers.[0-9]", "model.layers.[0-9][0-9]"]
+
+
+def capital(model: Any, tokenizer: Any) -> None:
+    _save(explain(model, tokenizer, PROMPT, TARGET).plot_token_attr(), "capital")
+
+
+def layers(model: Any, tokenizer: Any) -> None:
+    found = explain(model, tokenizer, PROMPT, TARGET, layers=BLOCKS)
+    _save(found.plot_layer_attr(), "layers")  # type: ignore[attr-defined]
+
+
+def path(model: Any, tokenizer: Any) -> None:
+    options = {"quadrature": "adaptive", "baselines": "mean"}
+    _save(explain(model, tokenizer, PROMPT, TARGET, "ig", **options).plot_path(), "path")
+
+
+def words(model: Any, tokenizer: Any) -> None:
+    prompt = "My sister is a nurse, and every morning she goes to the"
+    inp = segment_input(prompt, by="word")
+    found = explain(model, tokenizer, inp, " hospital", "ablation", contrast_target=" market")
+    _save(found.plot_seq_attr(), "words")
+
+
+def html(model: Any, tokenizer: Any) -> None:
+    """The page of a result, with the output token "golf" clicked on."""
+    from playwright.sync_api import sync_playwright
+
+    prompt = "Dave lives in Palm Coast, FL and is a lawyer. His personal interests include"
+    target = " playing golf, hiking, and spending time with his family and friends."
+    whole = explain(model, tokenizer, prompt, target, "ablation").to_html(merge="word")
+    browsers = map(shutil.which, ["chromium", "chromium-browser", "google-chrome"])
+    with sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=next(filter(None, browsers), None))
+        page = browser.new_page(viewport={"width": 720, "height": 300}, device_scale_factor=1.5)
+        page.set_content(whole)
+        page.locator(".outputs > span").nth(2).click()  # after "whole output"
+        page.locator("body").screenshot(path=str(IMAGES / "html.png"))
+        browser.close()
+
+
+def _save(drawn: Any, name: str) -> None:
+    figure, _ = drawn
+    metadata = {"Software": None}  # the same bytes from every version of matplotlib's writer
+    figure.savefig(IMAGES / f"{name}.png", bbox_inches="tight", dpi=80, metadata=metadata)
+
+
+FIGURES: dict[str, Callable[[Any, Any], None]] = {
+    figure.__name__: figure for figure in (capital, layers, path, words, html)
+}
+
+
+def main(names: list[str]) -> None:
+    unknown = set(names) - set(FIGURES)
+    if unknown:
+        raise SystemExit(f"expected names of figures: {', '.join(FIGURES)}; got {unknown}")
+    matplotlib.use("Agg")
+    torch.set_num_threads(1)
+    model, tokenizer = load_demo_model()
+    for name in names or FIGURES:
+        FIGURES[name](model, tokenizer)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
