@@ -29,11 +29,15 @@ class TwoStageAblation(PerturbationAttribution):
     Args:
         forward_func: the model, or any function of the inputs.
 
-    The measurements that it comes from are in docs/faithfulness.md. Feature ablation of language
-    models: Miglani et al. 2023, https://arxiv.org/abs/2312.05491.
+    Raises:
+        ValueError: of `attribute`, baselines or masks that do not fit the inputs.
 
-    Example::
+    Inputs are (batch, n_features) for the features that `LLMAttribution` switches on and off. What
+    the method comes from was measured in docs/faithfulness.md. Feature ablation of language models:
+    Miglani et al. 2023, https://arxiv.org/abs/2312.05491.
 
+    Example:
+        >>> import torch
         >>> method = TwoStageAblation(lambda x: x.prod(1) + x[:, 0])
         >>> method.attribute(torch.tensor([[1.0, 2.0, 3.0, 0.5]]))
         tensor([[2.5000, 1.5000, 1.5000, 3.0000]])
@@ -51,8 +55,8 @@ class TwoStageAblation(PerturbationAttribution):
     ) -> Tensor | Tensors:
         """Attribute the output to the features of the inputs.
 
-        Args: as those of ``captum.attr.FeatureAblation.attribute``. Of a forward function with
-            several outputs for an example, their sum tells which features matter least.
+        The arguments are those of ``captum.attr.FeatureAblation.attribute``. Of a forward function
+        with several outputs for an example, their sum tells which features matter least.
 
         Returns:
             Attributions of the shape that `FeatureAblation` gives.

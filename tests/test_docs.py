@@ -13,12 +13,14 @@ import pytest
 
 import captum_llm_ext
 from captum_llm_ext.cli import main
+from captum_llm_ext.cli.one import build_parser
 from tests.documents import PAGES, ROOT, Block, blocks, commands, page_name, steps
 
 LANGUAGES = {"", "python", "output", "text"}
 RUN = [page for page in PAGES if any(not block.title for block, _ in steps(page))]
 TYPED = [(page_name(page), line) for page in PAGES for line in commands(page)]
 OWN = [(page, line) for page, line in TYPED if line.startswith("captum-llm-ext ")]
+PROMPTS = '{"prompt": "The capital of France is. Right?", "target": " Paris"}'
 
 
 def lines_of(text: str) -> list[str]:
@@ -67,7 +69,15 @@ def run(block: Block, page: Path, names: dict[str, Any]) -> None:
 @pytest.mark.parametrize(("page", "line"), OWN)
 def test_command(page: str, line: str, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(shlex.split(line, comments=True)[1:]) == 0
+    words = shlex.split(line, comments=True)[1:]
+    if "path/to" in line:  # a model of the reader's own
+        assert build_parser().parse_args(words)
+        return
+    (tmp_path / "prompts.jsonl").write_text(PROMPTS)
+    assert main(words) == 0
+    if words[0] == "batch":
+        assert (tmp_path / "results.jsonl").is_file()
+        return
     assert "token" in capsys.readouterr().out
     assert "--out" not in line or any(tmp_path.iterdir())
 
@@ -83,6 +93,9 @@ def test_other_command(page: str, line: str) -> None:
     elif words[:2] == ["pip", "install"]:
         asked = re.findall(r"[a-z]+", words[2].partition("[")[2])
         assert set(asked) <= set(re.findall(r"^([a-z]+) = \[", extras, re.MULTILINE))
+    elif words[0] == "accelerate":
+        assert words[1:5:3] == ["launch", "4"]
+        assert words[5:8] == ["-m", "captum_llm_ext", "batch"]
     else:
         assert words[:3] == ["python", "-m", "tests.benchmarks." + words[2].rpartition(".")[2]]
         assert (ROOT / f"{words[2].replace('.', '/')}.py").is_file()

@@ -31,6 +31,18 @@ class BatchReport:
     """How far a batch is: lines with a result, with an error, and left to other processes.
 
     The file is there once nothing is left.
+
+    Args:
+        n_results: lines with a result.
+        n_errors: lines with an error record.
+        n_left: lines left to processes that have not finished. Default: 0.
+
+    Raises:
+        TypeError: an argument is missing.
+
+    Example:
+        >>> BatchReport(n_results=2, n_errors=1)
+        BatchReport(n_results=2, n_errors=1, n_left=0)
     """
 
     n_results: int
@@ -71,7 +83,8 @@ def batch(
         out: the file to write, ".jsonl" or ".parquet", which must not be there. What is finished
             is kept in the folder ``<out>.batch`` until then; its settings stay there afterwards.
         target: of lines that have none. Default: generated.
-        method, layers: as of `explain`.
+        method: as of `explain`.
+        layers: as of `explain`.
         by: what a feature of a prompt or of messages is: "token" (default), "word", "sentence",
             "line", "paragraph", or of messages "message".
         roles: whose messages hold the features.
@@ -102,10 +115,12 @@ def batch(
         as `explain`, with the number of the line; of each kind of warning once.
 
     Example:
-        >>> model, tokenizer = load_demo_model()  # doctest: +SKIP
-        >>> prompts = ["The capital of France is", {"prompt": "1 + 1 =", "target": " 2"}]
-        >>> batch(model, tokenizer, prompts, "results.jsonl", method="ablation")  # doctest: +SKIP
-        BatchReport(n_results=2, n_errors=0, n_left=0)
+        >>> model, tokenizer = load_demo_model()
+        >>> import tempfile
+        >>> folder = tempfile.mkdtemp()
+        >>> prompts = [{"prompt": "The capital of France is", "target": " Paris"}, {"prompt": ""}]
+        >>> batch(model, tokenizer, prompts, f"{folder}/results.jsonl", show_progress=False)
+        BatchReport(n_results=1, n_errors=1, n_left=0)
     """
     out, process = Path(out), this_process()
     output_format(out)

@@ -152,8 +152,12 @@ def compare_methods(
         gen_args: arguments of ``model.generate``. Default: greedy, 25 new tokens.
         baselines: of token inputs, in the methods (unless their options name one) and when
             features are removed. Default: each input's own.
-        attr_target, absolute, fractions, n_steps, n_random, internal_batch_size: as in
-            `faithfulness`. The methods always attribute log p.
+        attr_target: as in `faithfulness`. The methods always attribute log p.
+        absolute: as in `faithfulness`.
+        fractions: as in `faithfulness`.
+        n_steps: as in `faithfulness`.
+        n_random: as in `faithfulness`.
+        internal_batch_size: as in `faithfulness`.
         n_bootstrap: resamples of the prompts, the same for all methods.
         confidence: of the intervals.
         generator: draws random orders and resamples. Default: one with seed 0.
@@ -166,12 +170,16 @@ def compare_methods(
         ImportError: pandas is missing (the extra ``export``).
         ValueError: no prompts or methods, an unknown method, or numbers without a meaning.
 
-    Example::
-
-        >>> compared = compare_methods(model, tokenizer, ["The capital of France is"] * 2,
-        ...                            ["saliency", ("ig", {"n_steps": 20}), "ablation"])
+    Example:
+        >>> prompts, targets = ["The capital of France is", "Two plus two is"], [" Paris", " four"]
+        >>> compared = compare_methods(
+        ...     model, tokenizer, prompts, ["saliency", "ablation"], targets, n_random=4
+        ... )
         >>> list(compared.table.columns.get_level_values(0).unique())[:2]
         ['deletion', 'insertion']
+
+    Source: Petsiuk et al. 2018, https://arxiv.org/abs/1806.07421; DeYoung et al. 2020,
+    https://arxiv.org/abs/1911.03429.
     """
     _check_for_pandas()
     _check_bootstrap(n_bootstrap, confidence)

@@ -158,8 +158,7 @@ def faithfulness(
             values that are no numbers, or an argument has no meaning.
         TypeError: the input is neither of tokens nor a template.
 
-    Example::
-
+    Example:
         >>> result = explain(model, tokenizer, "The capital of France is", " Paris", "ablation")
         >>> judged = faithfulness(model, tokenizer, result, " Paris")
         >>> judged.over_random()["deletion"] > 0
