@@ -12,7 +12,7 @@ export OMP_NUM_THREADS := $(THREADS)
 DAVE := Dave lives in Palm Coast, FL and is a lawyer. His personal interests include
 GOLF := playing golf, hiking, and spending time with his family and friends.
 
-.PHONY: help install demo test lint format bench clean
+.PHONY: help install demo test lint format bench dist versions clean
 
 help:
 	@echo "make demo   which words of a prompt made the small real model say what it said"
@@ -20,6 +20,8 @@ help:
 	@echo "make lint   style, formatting and types"
 	@echo "make format put the formatting right"
 	@echo "make bench  timings against Captum"
+	@echo "make dist   wheel and sdist; the wheel tried in an empty environment (gigabytes)"
+	@echo "make versions  the tests with the lowest and the newest versions allowed (gigabytes)"
 	@echo "make clean  delete .venv and everything generated"
 
 install: $(STAMP)
@@ -61,5 +63,15 @@ bench: $(STAMP)
 	$(BIN)/python -m tests.benchmarks.prefixes
 	$(BIN)/python -m tests.benchmarks.forward
 
+dist: $(STAMP)
+	@echo "== building the wheel and the sdist, and trying the wheel in an empty environment"
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/python -m tests.release.check_wheel
+
+versions: $(STAMP)
+	@echo "== running the tests with the lowest and with the newest versions allowed"
+	$(BIN)/python -m tests.release.versions
+
 clean:
-	rm -rf $(VENV) build dist demo .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .versions build dist demo .mypy_cache .pytest_cache .ruff_cache .hypothesis

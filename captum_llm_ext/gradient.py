@@ -120,6 +120,7 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
         include_generated: bool = False,
         include_hidden_attr: bool = False,
         contrast_target: str | Tensor | None = None,
+        skip_tokens: Sequence[int] | Sequence[str] | None = None,
         num_trials: int = 1,
         show_progress: bool = False,
         internal_batch_size: int | None = None,
@@ -159,6 +160,8 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
                 LayerSaliency: the gradient), (n_output, n_input, hidden).
             contrast_target: attribute score(target) − score(contrast) instead, at the same places
                 and after the target's own tokens; as many tokens as the target, or one.
+            skip_tokens: ids or strings of tokens to leave out of a given target, as in Captum 0.8
+                (a string is encoded without special tokens in any case).
             num_trials: average over so many runs of a method or baseline that draws at random.
             show_progress: show a progress bar.
             internal_batch_size: rows (path points) per pass. Default: chosen for the device and
@@ -207,7 +210,9 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
             warn_of_dropout(self.model)
             device = input_device(self.model, self.device)
             features = read_features(inp, self.tokenizer, device)
-            forcing = self._teacher_forcing(inp, features, target, gen_args, contrast_target)
+            forcing = self._teacher_forcing(
+                features, target, gen_args, contrast_target, skip_tokens
+            )
             forcing = replace(forcing, dtype=dtype)
             check_ids(forcing)
             check_context(forcing)
@@ -247,14 +252,15 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
 
     def _teacher_forcing(
         self,
-        inp: InterpretableInput,
         features: Features,
         target: str | Tensor | None,
         gen_args: dict[str, Any] | None,
         contrast_target: str | Tensor | None,
+        skip_tokens: Sequence[int] | Sequence[str] | None,
     ) -> TeacherForcing:
         prompt = features.prompt_ids
-        ids = target_ids(self.model, self.tokenizer, {"input_ids": prompt}, target, gen_args)
+        given = {"input_ids": prompt}
+        ids = target_ids(self.model, self.tokenizer, given, target, gen_args, skip_tokens)
         ids = ids.to(prompt.device, copy=True)
         contrast = contrast_ids(self.tokenizer, contrast_target, len(ids))
         contrast = None if contrast is None else contrast.to(prompt.device, copy=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import copy, deepcopy
 from typing import Any
 
@@ -114,6 +114,7 @@ class LLMAttribution(CaptumLLMAttribution):
         *,
         baselines: BaselineSpec = None,
         contrast_target: str | Tensor | None = None,
+        skip_tokens: Sequence[int] | Sequence[str] | None = None,
         perturbations_per_eval: int = 1,
         internal_batch_size: int | None = None,
         reuse_prefix: bool = True,
@@ -137,6 +138,8 @@ class LLMAttribution(CaptumLLMAttribution):
                 "eos", "unk", "nearest", ("nearest", n) or a tensor of ids.
             contrast_target: attribute score(target) − score(contrast) instead, at the same places
                 and after the target's own tokens; as many tokens as the target, or one.
+            skip_tokens: ids or strings of tokens to leave out of a given target, as in Captum 0.8
+                (a string is encoded without special tokens in any case).
             perturbations_per_eval: accepted for Captum's sake; see `internal_batch_size`.
             internal_batch_size: prompts per pass. Default: chosen by their length.
             reuse_prefix: take what a prompt shares with the unperturbed one from the key/value
@@ -162,8 +165,8 @@ class LLMAttribution(CaptumLLMAttribution):
         if isinstance(inp, ImageMaskInput):
             if self.attr_target not in ("log_prob", "prob") or contrast_target is not None:
                 raise ValueError("an ImageMaskInput takes attr_target 'log_prob' or 'prob' alone")
-            if baselines is not None:
-                raise ValueError("the baseline of an ImageMaskInput belongs to the input itself")
+            if baselines is not None or skip_tokens:
+                raise ValueError("an ImageMaskInput has its own baseline and no skip_tokens")
             by_token = _inspect_forward is not None  # Captum inspects on that path alone
             return self._as_captum(
                 inp,
@@ -180,7 +183,7 @@ class LLMAttribution(CaptumLLMAttribution):
             if isinstance(inp, CaptumTextTemplateInput):
                 check_template(inp)
             inp = with_baselines(inp, baselines, self.model)
-            forcing = self._teacher_forcing(inp, target, gen_args, contrast_target)
+            forcing = self._teacher_forcing(inp, target, gen_args, contrast_target, skip_tokens)
             tokens = output_tokens(forcing.target.ids, self.tokenizer)
             probe = probed(forcing, use_cache=reuse_prefix and keeps_cache(self.model))
             causal = check_causal(forcing, probe, product=False)
@@ -232,11 +235,12 @@ class LLMAttribution(CaptumLLMAttribution):
         target: str | Tensor | None,
         gen_args: dict[str, Any] | None,
         contrast_target: str | Tensor | None,
+        skip_tokens: Sequence[int] | Sequence[str] | None,
     ) -> TeacherForcing:
         device = input_device(self.model, self.device)
         prompt = prompt_ids(inp, None, self.tokenizer, device)
-        model_inputs = {"input_ids": prompt[None]}
-        ids = target_ids(self.model, self.tokenizer, model_inputs, target, gen_args)
+        given = {"input_ids": prompt[None]}
+        ids = target_ids(self.model, self.tokenizer, given, target, gen_args, skip_tokens)
         ids = ids.to(prompt.device, copy=True)
         contrast = contrast_ids(self.tokenizer, contrast_target, len(ids))
         contrast = None if contrast is None else contrast.to(prompt.device, copy=True)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from captum_llm_ext.baselines import token_ids
 from captum_llm_ext.compat import DEFAULT_GEN_ARGS, _convert_ids_to_pretty_tokens
 
 GRADIENT_TARGETS = ("log_prob", "prob", "logit")
@@ -80,13 +81,20 @@ def target_ids(
     model_inputs: Mapping[str, Any],
     target: str | Tensor | Sequence[int] | None,
     gen_args: Mapping[str, Any] | None,
+    skip_tokens: Sequence[int] | Sequence[str] | None = None,
 ) -> Tensor:
-    """The token ids (n_output,) of a target that is given, or that the model generates."""
+    """The token ids (n_output,) of a target that is given, or that the model generates.
+
+    `skip_tokens`, ids or strings, are left out of a target that is given.
+    """
     if target is None:
         return _checked(_generate(model, model_inputs, gen_args), "the model generated no token")
     if gen_args is not None:
         raise ValueError("gen_args is only for a generated target; got gen_args and a target")
-    return encode_target(tokenizer, target)
+    ids = encode_target(tokenizer, target)
+    skipped = torch.tensor(token_ids(skip_tokens, tokenizer), dtype=torch.long, device=ids.device)
+    kept = ~torch.isin(ids, skipped)
+    return _checked(ids[kept], "all tokens of the target are skipped")
 
 
 def encode_target(tokenizer: Any, target: str | Tensor | Sequence[int]) -> Tensor:
