@@ -125,7 +125,7 @@ def test_a_cell_runs_with_the_import_line_changed(demo_model: Any, cell: str) ->
     result.plot_seq_attr(show=True)
 
 
-@pytest.mark.parametrize("cell", ["tokens", "template", "baselines"])
+@pytest.mark.parametrize("cell", ["tokens", "baselines"])
 def test_a_cell_of_ablation_gives_captums_numbers(demo_model: Any, cell: str) -> None:
     expected = run(cell, captum.attr, demo_model, **ORACLE)
     result = run(cell, captum_llm_ext, demo_model)
@@ -164,6 +164,6 @@ def test_the_gradient_cell_gives_captums_numbers(demo_model: Any) -> None:
 
 def test_skipped_tokens_are_left_out_of_the_target(demo_model: Any) -> None:
     """`attribute(skip_tokens=...)` is Captum 0.8's, and in its published tutorial."""
-    for comma in ([","], demo_model[1].encode(",")):
-        result = run("template", captum_llm_ext, demo_model, skip_tokens=comma)
-        assert result.output_tokens == ["playing", "golf", "hiking"]
+    comma = demo_model[1].encode(",")
+    result = run("template", captum_llm_ext, demo_model, skip_tokens=[*comma, "Ġgolf"])
+    assert result.output_tokens == ["playing", "hiking"]

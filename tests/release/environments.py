@@ -27,11 +27,11 @@ def requirements(wheel: Path) -> list[str]:
 
 
 class Environment:
-    """A virtual environment in a folder, made empty."""
+    """A virtual environment in a folder, made if it is not there."""
 
     def __init__(self, folder: Path) -> None:
         self.bin = folder / "bin"
-        venv.create(folder, clear=True, with_pip=True)
+        venv.create(folder, with_pip=True)
 
     def install(self, *arguments: str | Path) -> None:
         self.run("python", "-m", "pip", "install", "--quiet", *arguments)

@@ -30,14 +30,13 @@ def floors(asked: list[str]) -> list[str]:
 
 
 def tests_pass(name: str, folder: Path, arguments: list[str]) -> bool:
-    """Run the tests in a fresh environment of a set of versions."""
+    """Run the tests in an environment of a set of versions."""
     print(f"== {name} versions", flush=True)
     environment = Environment(folder / name)
     wheel, _ = build(folder / "dist")
     pins = folder / f"{name}.txt"
     pins.write_text("\n".join(floors(requirements(wheel)) if name == "lowest" else []))
-    environment.install("-c", pins, "-e", f"{ROOT}[dev]")
-    environment.run("python", "-m", "pip", "show", "--quiet", *SHOWN)
+    environment.install("--upgrade", "--upgrade-strategy", "eager", "-c", pins, "-e", f"{ROOT}[dev]")
     environment.run("python", "-c", _VERSIONS)
     ran = environment.run("python", "-m", "pytest", *arguments, cwd=ROOT, check=False)
     return ran.returncode == 0
