@@ -62,6 +62,8 @@ bench: $(STAMP)
 	$(BIN)/python -m tests.benchmarks.perturbations
 	$(BIN)/python -m tests.benchmarks.prefixes
 	$(BIN)/python -m tests.benchmarks.forward
+	@echo "== 4, 8 and 16 bits against float32"
+	$(BIN)/python -m tests.benchmarks.quantization
 
 dist: $(STAMP)
 	@echo "== building the wheel and the sdist, and trying the wheel in an empty environment"

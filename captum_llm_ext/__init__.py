@@ -15,11 +15,19 @@ from captum.attr import (
 )
 
 from captum_llm_ext.attention import LLMAttentionAttribution
+from captum_llm_ext.batch import BatchReport, batch
 from captum_llm_ext.explain import explain
 from captum_llm_ext.gradient import LLMGradientAttribution
-from captum_llm_ext.inputs import TextTemplateInput, TextTokenInput, chat_input, segment_input
+from captum_llm_ext.inputs import (
+    TextTemplateInput,
+    TextTokenInput,
+    chat_input,
+    qa_input,
+    segment_input,
+)
 from captum_llm_ext.layers import find_layers
 from captum_llm_ext.methods import LayerSaliency
+from captum_llm_ext.metrics import compare_methods, faithfulness
 from captum_llm_ext.models import load_demo_model, load_model
 from captum_llm_ext.perturbation import LLMAttribution
 from captum_llm_ext.result import (
@@ -27,10 +35,12 @@ from captum_llm_ext.result import (
     LLMAttributionResult,
     LLMLayerAttributionResult,
 )
+from captum_llm_ext.two_stage import TwoStageAblation
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BatchReport",
     "FeatureAblation",
     "KernelShap",
     "LLMAttentionAttribution",
@@ -51,10 +61,15 @@ __all__ = [
     "ShapleyValues",
     "TextTemplateInput",
     "TextTokenInput",
+    "TwoStageAblation",
+    "batch",
     "chat_input",
+    "compare_methods",
     "explain",
+    "faithfulness",
     "find_layers",
     "load_demo_model",
     "load_model",
+    "qa_input",
     "segment_input",
 ]

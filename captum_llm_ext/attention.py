@@ -20,14 +20,16 @@ from captum_llm_ext.compat import (
     CaptumTextTokenInput,
     InterpretableInput,
 )
+from captum_llm_ext.cross_attention import read_cross_attention
+from captum_llm_ext.encoder_decoder import EncoderDecoder
 from captum_llm_ext.inputs import Features, read_features
 from captum_llm_ext.layers import LayerSpec, Site, decoder_blocks, resolve_sites
 from captum_llm_ext.model_parts import input_device
-from captum_llm_ext.model_pass import TeacherForcing
 from captum_llm_ext.result import LLMAttentionAttributionResult
-from captum_llm_ext.targets import Target, output_tokens, target_ids
+from captum_llm_ext.tasks import QA, SEQ2SEQ, TASKS, Request, task_of
 
 AttentionLayers: TypeAlias = int | LayerSpec | Iterable[int | LayerSpec]
+CROSSING = ("mean", "max")  # reductions of the attention of a decoder to an encoder
 
 
 class LLMAttentionAttribution(BaseLLMAttribution):
@@ -39,7 +41,8 @@ class LLMAttentionAttribution(BaseLLMAttribution):
     says where a head looks, not what made the model say what it said.
 
     Args:
-        model: a causal language model of transformers.
+        model: a causal language model of transformers, or an encoder-decoder model, of which the
+            cross-attention is read: that of the decoder to the encoder's tokens.
         tokenizer: the model's tokenizer.
         layers: decoder blocks or their attention modules: names, patterns (see `find_layers`),
             modules, indices of blocks, or a list of these; a module chooses all attention that is
@@ -55,7 +58,7 @@ class LLMAttentionAttribution(BaseLLMAttribution):
 
     Raises:
         ValueError: an unknown reduction, a layer that is not in the model, heads that are not
-            distinct indices, a model that is not one of transformers, or has an encoder.
+            distinct indices, a model that is not one of transformers, or is not causal.
 
     Example::
 
@@ -109,6 +112,7 @@ class LLMAttentionAttribution(BaseLLMAttribution):
                 zero from the target token itself on. Where every token of the prompt is a feature,
                 each row of `attention` and its `sink_attention` then sum to 1.
             include_prompt_attention: keep the attention among the tokens of the prompt too.
+                Neither is had of an encoder-decoder model.
             show_progress: accepted for the sake of one signature; there is but one pass.
 
         Returns:
@@ -128,11 +132,11 @@ class LLMAttentionAttribution(BaseLLMAttribution):
         warn_of_dropout(self.model)
         features = read_features(inp, self.tokenizer, input_device(self.model, self.device))
         prompt = features.prompt_ids
-        ids = target_ids(self.model, self.tokenizer, {"input_ids": prompt}, target, gen_args)
-        forcing = TeacherForcing(self.model, prompt, Target(ids.to(prompt.device, copy=True)))
+        task, request = task_of(self.model), Request(target, gen_args)
+        forcing = task.forcing(self.model, self.tokenizer, prompt, request)
         check_ids(forcing)
         check_context(forcing)
-        tokens = output_tokens(forcing.target.ids, self.tokenizer)
+        tokens = task.names(forcing, self.tokenizer)
         wanted = Wanted(
             layers=self._chosen,
             heads=self._heads,
@@ -140,7 +144,11 @@ class LLMAttentionAttribution(BaseLLMAttribution):
             mean=self.reduction == "rollout",
             norms=self.reduction == "value_norm",
         )
-        layers, log_probs = read_attention(forcing, wanted)
+        crosses = isinstance(forcing.model, EncoderDecoder)
+        if crosses:
+            _check_crossing(self.reduction, include_generated, include_prompt_attention)
+        read = read_cross_attention if crosses else read_attention
+        layers, log_probs = read(forcing, wanted)
         if include_generated:
             features = features.with_generated(tokens)
         return self._result(layers, log_probs, features, tokens, inp, prompt)
@@ -183,10 +191,24 @@ def _check_model(model: nn.Module) -> None:
             f"{type(model).__name__} gives no attention weights: expected a causal language model "
             "of transformers, whose attention can be computed with the implementation 'eager'"
         )
-    if getattr(found[0], "is_encoder_decoder", False):
+    if task_of(model) is TASKS[QA]:
         raise ValueError(
-            f"{type(model).__name__} has an encoder, whose attention is not read: expected a "
-            "causal language model"
+            f"{type(model).__name__} is not causal: expected a causal language model or an "
+            "encoder-decoder model"
+        )
+
+
+def _check_crossing(reduction: str, include_generated: bool, include_prompt: bool) -> None:
+    """Refuse what the attention of a decoder to an encoder does not have."""
+    if reduction not in CROSSING:
+        raise ValueError(
+            f"reduction={reduction!r} is not defined for the attention of a decoder to an "
+            f"encoder: use one of {', '.join(CROSSING)}"
+        )
+    if include_generated or include_prompt:
+        raise ValueError(
+            "of an encoder-decoder model the decoder's attention to the encoder's tokens is read: "
+            "leave out include_generated and include_prompt_attention"
         )
 
 
@@ -211,7 +233,8 @@ def _chosen_layers(
 
 
 def _block(model: nn.Module, index: int) -> list[Site]:
-    blocks = decoder_blocks(model)
+    found: Any = model
+    blocks = decoder_blocks(found.get_decoder() if task_of(model) is TASKS[SEQ2SEQ] else model)
     if isinstance(index, bool) or not -len(blocks) <= index < len(blocks):
         raise ValueError(
             f"expected the index of a decoder block in 0…{len(blocks) - 1}, got layer {index!r}"

@@ -69,8 +69,8 @@ def read_attention(forcing: TeacherForcing, wanted: Wanted) -> tuple[list[LayerA
         stack.enter_context(reading_attention(blocks, length, receive, wanted.norms))
         run = forcing.run(forcing.ids, forcing.whole, use_cache=wanted.norms, **options)
     check_finite(run)
-    _check_layers(model, wanted, seen)
-    _check_same_heads(layers)
+    check_layers(model, wanted, seen)
+    check_same_heads(layers)
     return layers, run.token_scores()[0]
 
 
@@ -78,18 +78,23 @@ def _kept(
     name: str, weights: Tensor, norms: Tensor | None, forcing: TeacherForcing, wanted: Wanted
 ) -> LayerAttention:
     """What is wanted of the weights (n_heads, length, length) of one layer, in float32."""
-    heads = list(range(len(weights)) if wanted.heads is None else wanted.heads)
-    if not all(head < len(weights) for head in heads):
-        raise ValueError(f"heads must be in 0…{len(weights) - 1}, as {name} has; got {heads}")
     device, n_prompt, n_output = forcing.ids.device, forcing.n_prompt, len(forcing.target)
-    chosen = weights[heads].to(device, torch.float32)
+    chosen = chosen_heads(name, weights, wanted).to(device)
     return LayerAttention(
         name=name,
         targets=chosen[:, -n_output:].clone(),
         prompt=chosen[:, :n_prompt, :n_prompt].clone() if wanted.prompt else None,
         mean=chosen.mean(0) if wanted.mean else None,
-        norms=None if norms is None else norms[heads].to(device),
+        norms=None if norms is None else chosen_heads(name, norms, wanted).to(device),
     )
+
+
+def chosen_heads(name: str, values: Tensor, wanted: Wanted) -> Tensor:
+    """Of values (n_heads, …) of a layer's heads those that are wanted, in float32."""
+    heads = list(range(len(values)) if wanted.heads is None else wanted.heads)
+    if not all(head < len(values) for head in heads):
+        raise ValueError(f"heads must be in 0…{len(values) - 1}, as {name} has; got {heads}")
+    return values[heads].float()
 
 
 def _check_causal(model: nn.Module, name: str, weights: Tensor) -> None:
@@ -100,7 +105,7 @@ def _check_causal(model: nn.Module, name: str, weights: Tensor) -> None:
         )
 
 
-def _check_layers(model: nn.Module, wanted: Wanted, seen: Mapping[str, nn.Module]) -> None:
+def check_layers(model: nn.Module, wanted: Wanted, seen: Mapping[str, nn.Module]) -> None:
     """Refuse a model without any attention weights, and a layer without any."""
     if not seen:
         raise ValueError(
@@ -116,7 +121,7 @@ def _check_layers(model: nn.Module, wanted: Wanted, seen: Mapping[str, nn.Module
             )
 
 
-def _check_same_heads(layers: Sequence[LayerAttention]) -> None:
+def check_same_heads(layers: Sequence[LayerAttention]) -> None:
     counts = sorted({len(layer.targets) for layer in layers})
     if len(counts) > 1:
         raise ValueError(

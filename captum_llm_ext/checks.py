@@ -5,22 +5,24 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from captum_llm_ext.adapter import context_length
 from captum_llm_ext.hooks import embedding_leaves, evaluating, reading
 from captum_llm_ext.layers import Site, decoder_blocks
 from captum_llm_ext.model_parts import known_token_embedding
 from captum_llm_ext.model_pass import Pass, TeacherForcing
 from captum_llm_ext.quantized import quantized_layers, quantizes_activations
+from captum_llm_ext.targets import Target
 
 
 def check_ids(forcing: TeacherForcing) -> None:
     """Refuse token ids that the model has no embedding for."""
     size = getattr(known_token_embedding(forcing.model), "num_embeddings", None)
-    contrast = forcing.target.contrast
-    ids = [forcing.prompt_ids[0], forcing.target.ids, *([] if contrast is None else [contrast])]
+    ids = [forcing.prompt_ids[0], *forcing.target.vocabulary_ids]
     wrong = [int(i) for i in torch.cat(ids) if i < 0 or (size is not None and i >= size)]
     if wrong:
         raise ValueError(
@@ -34,7 +36,7 @@ def check_context(forcing: TeacherForcing) -> None:
     config = getattr(forcing.model, "config", None)
     text_config = getattr(config, "get_text_config", lambda: config)()
     limit = getattr(text_config, "max_position_embeddings", None)
-    length = forcing.ids.size(1)
+    length = context_length(forcing.model, forcing.n_prompt, len(forcing.target.fed))
     if isinstance(limit, int) and 0 < limit < length:
         raise ValueError(
             f"the prompt ({forcing.n_prompt} tokens) and target ({len(forcing.target)}) are longer "
@@ -112,7 +114,7 @@ def check_causal(forcing: TeacherForcing, probe: Pass, product: bool = True) -> 
 def check_gradients(forcing: TeacherForcing) -> None:
     """Refuse quantised layers whose backward is missing or wrong, before any work.
 
-    A linear layer f with bias b has ‖f(x) − b‖² = ⟨fᵀ(f(x) − b), x⟩, where fᵀ is its backward.
+    A linear layer f with bias b = f(0) has ‖f(x) − b‖² = ⟨fᵀ(f(x) − b), x⟩, fᵀ its backward.
     Then one backward from the score must reach the embeddings and every block.
     """
     layers = quantized_layers(forcing.model)
@@ -121,6 +123,8 @@ def check_gradients(forcing: TeacherForcing) -> None:
     for name, x in _last_inputs(forcing, layers).items():
         _check_backward(name, layers[name], x)
     blocks = [Site(f"block {i}", b) for i, b in enumerate(decoder_blocks(forcing.model))]
+    # Of the logits, whose gradient does not vanish where the model is certain of its target.
+    forcing = replace(forcing, target=Target(forcing.target.ids, "logit"))
     ids = forcing.fed(forcing.ids, forcing.whole)
     with embedding_leaves(forcing.model, ids) as leaves, reading(blocks) as read:
         scored = forcing.run(ids, forcing.whole)
@@ -144,7 +148,10 @@ def _last_inputs(forcing: TeacherForcing, layers: Mapping[str, nn.Module]) -> di
     inputs: dict[str, Tensor] = {}
 
     def recorder(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda module, args: inputs.update({name: args[0][:1, -1:].detach().clone()})
+        def record(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            inputs[name] = _last_row(args[0])
+
+        return record
 
     with ExitStack() as stack:
         for name, module in layers.items():
@@ -153,13 +160,18 @@ def _last_inputs(forcing: TeacherForcing, layers: Mapping[str, nn.Module]) -> di
     return inputs
 
 
+def _last_row(x: Tensor) -> Tensor:
+    """The last of the vectors (…, width) as (1, …, width): some models feed rows of no batch."""
+    return x.detach().flatten(0, -2)[-1:].clone().view(*[1] * (x.dim() - 1), -1)
+
+
 def _check_backward(name: str, layer: nn.Module, x: Tensor) -> None:
     leaf = x.requires_grad_()
     output = layer(leaf)
     if not output.requires_grad:
         raise ValueError(f"{name} ({type(layer).__name__}) has no backward: {_ADVICE}")
-    bias = getattr(layer, "bias", None)
-    linear = (output if bias is None else output - bias).detach()
+    with torch.no_grad():  # not all of them have their bias in an attribute
+        linear = output - layer(torch.zeros_like(x))
     (back,) = torch.autograd.grad(output, leaf, linear, allow_unused=True, materialize_grads=True)
     truth, found = linear.float().square().sum(), (back.float() * x.detach().float()).sum()
     if (truth - found).abs() > 0.1 * truth:

@@ -10,13 +10,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from captum_llm_ext.checks import check_context
+from captum_llm_ext.adapter import prompt_in
+from captum_llm_ext.checks import check_causal, check_context, check_ids, probed
 from captum_llm_ext.compat import InterpretableInput
 from captum_llm_ext.inputs import prompt_ids
+from captum_llm_ext.model_parts import input_device
+from captum_llm_ext.model_pass import TeacherForcing
+from captum_llm_ext.prefix_cache import keeps_cache
 from captum_llm_ext.prompts import PromptScorer
+from captum_llm_ext.tasks import Request, task_of
 
 
 @dataclass
@@ -26,7 +31,8 @@ class Coalitions:
     inp: InterpretableInput
     tokenizer: Any
     scorer: PromptScorer
-    known: dict[tuple[int, ...], Tensor]
+    known: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
+    show_progress: bool = False
     _prompts: dict[tuple[bool, ...], Tensor] = field(default_factory=dict)
 
     def prompt(self, row: Tensor) -> Tensor:
@@ -41,14 +47,16 @@ class Coalitions:
         for row in rows:
             self.prompt(row)
 
-    def score(self, show_progress: bool = False) -> None:
+    def score(self) -> None:
         """Score all prompts that have no score yet, each once."""
         new = {_key(p): p for p in self._prompts.values() if _key(p) not in self.known}
         if not new:
             return
         longest = max(new.values(), key=len)
-        check_context(replace(self.scorer.forcing, prompt_ids=longest[None]))
-        with tqdm(total=len(new), disable=not show_progress, desc="prompts") as bar:
+        forcing = self.scorer.forcing
+        prompt = prompt_in(forcing.model, longest)
+        check_context(replace(forcing, prompt_ids=prompt[None]))
+        with tqdm(total=len(new), disable=not self.show_progress, desc="prompts") as bar:
             self.scorer.advance = bar.update
             self.known.update(zip(new, self.scorer.scores(list(new.values())), strict=True))
 
@@ -58,6 +66,34 @@ class Coalitions:
         if key not in self.known:
             self.score()
         return self.known[key]
+
+
+def teacher_forcing(
+    model: nn.Module,
+    tokenizer: Any,
+    inp: InterpretableInput,
+    target: str | Tensor | None,
+    gen_args: dict[str, Any] | None = None,
+    attr_target: str = "log_prob",
+    contrast_target: str | Tensor | None = None,
+) -> TeacherForcing:
+    """The whole prompt of an input with the target that is given, or that the model generates."""
+    device = getattr(model, "device", None) or next(model.parameters()).device
+    device = input_device(model, device)
+    prompt = prompt_ids(inp, None, tokenizer, device)
+    request = Request(target, gen_args, contrast_target, attr_target)
+    forcing = task_of(model).forcing(model, tokenizer, prompt[None], request)
+    check_ids(forcing)
+    check_context(forcing)
+    return forcing
+
+
+def prompt_scorer(
+    forcing: TeacherForcing, reuse_prefix: bool = True, rows: int | None = None
+) -> PromptScorer:
+    """The scorer of prompts that resemble this one, `rows` at a time."""
+    probe = probed(forcing, use_cache=reuse_prefix and keeps_cache(forcing.model))
+    return PromptScorer(forcing, probe, check_causal(forcing, probe, product=False), rows)
 
 
 def _key(prompt: Tensor) -> tuple[int, ...]:

@@ -30,6 +30,7 @@ from captum.attr._utils.attribution import (
     LayerAttribution,
     PerturbationAttribution,
 )
+from captum.attr._utils.common import _format_input_baseline
 from captum.attr._utils.interpretable_input import (
     ImageMaskInput,
     InterpretableInput,
@@ -60,6 +61,7 @@ __all__ = [
     "LayerAttribution",
     "PerturbationAttribution",
     "_convert_ids_to_pretty_tokens",
+    "_format_input_baseline",
     "approximation_parameters",
     "compute_layer_gradients_and_eval",
     "default_perturb_func",

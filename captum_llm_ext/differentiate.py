@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from captum_llm_ext.adapter import whole_blocks
 from captum_llm_ext.adaptive import walk_adaptively
 from captum_llm_ext.baselines import PathStart
 from captum_llm_ext.conductance import ConductanceWalk
@@ -18,6 +19,7 @@ from captum_llm_ext.methods import PathRule, PointRule, Rule
 from captum_llm_ext.model_parts import token_embedding
 from captum_llm_ext.model_pass import TargetSpan, TeacherForcing
 from captum_llm_ext.path_walk import Blocks, PathWalk
+from captum_llm_ext.places import place_states
 from captum_llm_ext.totals import LayerTotal, Plan
 
 
@@ -28,10 +30,10 @@ def attribute_layers(
     totals: dict[Site, LayerTotal] = {}
     sites = with_embeddings(sites, forcing.model) if is_conductance(rule) else sites
     for span in forcing.spans(plan.per_token, plan.rows, plan.causal, _divides(rule, plan)):
-        ends, blocks = _trace(forcing, span, sites)
+        ends, blocks = _trace(forcing, span, sites, plan)
         for site in sites:
             end = ends[site]
-            new = LayerTotal(forcing, rule, plan, end.tensor, end.depends_on_tokens)
+            new = LayerTotal(forcing, rule, plan, end.tensor, end.depends_on_tokens, end.first)
             totals.setdefault(site, new)
         alive = [site for site in sites if ends[site].depends_on_tokens]
         if not alive:
@@ -64,7 +66,7 @@ def with_embeddings(sites: Sequence[Site], model: nn.Module) -> list[Site]:
 
 def holds_whole_state(site: Site, model: nn.Module) -> bool:
     """Whether all that the scores depend on passes the site: the embeddings, or a block."""
-    return site.module in [token_embedding(model), *decoder_blocks(model)]
+    return site.module in [token_embedding(model), *whole_blocks(model)]
 
 
 def _divides(rule: Rule, plan: Plan) -> bool:
@@ -74,29 +76,15 @@ def _divides(rule: Rule, plan: Plan) -> bool:
 
 
 def _trace(
-    forcing: TeacherForcing, span: TargetSpan, sites: Sequence[Site]
+    forcing: TeacherForcing, span: TargetSpan, sites: Sequence[Site], plan: Plan
 ) -> tuple[dict[Site, LayerState], Blocks]:
     """The layers' states, and all that replay needs, at the input itself."""
     ids = forcing.fed(forcing.ids, span)
     blocks = decoder_blocks(forcing.model)
     with tracing(forcing.model, sites, blocks, ids) as (states, outputs):
         scores = forcing.run(ids, span, sites).token_scores()[0].detach()
-    for site in sites:
-        _check_state(site, states.get(site), ids)
+    place_states(forcing, span, states, sites, plan.column_at)
     return states, Blocks(blocks, outputs, scores)
-
-
-def _check_state(site: Site, state: LayerState | None, ids: Tensor) -> None:
-    if state is None:
-        raise ValueError(f"layer {site.name!r} does not run in the model's forward pass")
-    shape = state.tensor.shape
-    # With as many heads as tokens, (1, heads, sequence, width) would be taken for tokens.
-    unclear = len(shape) > 3 and shape[1] == shape[2]
-    if state.depends_on_tokens and (shape[:2] != ids.shape or unclear):
-        raise ValueError(
-            f"expected layer {site.name!r} to hold a tensor (batch, sequence, …) with "
-            f"{tuple(ids.shape)} first, got {tuple(shape)}; choose another layer"
-        )
 
 
 def _start_states(

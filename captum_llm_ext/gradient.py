@@ -13,6 +13,7 @@ from captum.attr import LayerConductance
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from captum_llm_ext.adapter import sites_in
 from captum_llm_ext.assemble import (
     check_totals,
     layer_columns,
@@ -40,6 +41,7 @@ from captum_llm_ext.compat import (
     InterpretableInput,
 )
 from captum_llm_ext.differentiate import attribute_layers, holds_whole_state, is_conductance
+from captum_llm_ext.encoder_decoder import check_start
 from captum_llm_ext.forward_mode import is_cheaper
 from captum_llm_ext.hooks import evaluating, frozen_parameters, without_checkpointing
 from captum_llm_ext.inputs import Features, baseline_tokens, read_features
@@ -53,12 +55,10 @@ from captum_llm_ext.quantized import dequantized_products, quietly
 from captum_llm_ext.result import LLMAttributionResult
 from captum_llm_ext.targets import (
     GRADIENT_TARGETS,
-    Target,
     check_attr_target,
-    contrast_ids,
-    output_tokens,
-    target_ids,
+    without_tokens,
 )
+from captum_llm_ext.tasks import Request, task_of
 from captum_llm_ext.totals import LayerTotal, Plan
 
 SHARE_OF_MEMORY = 0.5  # of what is free, for what autograd keeps of one pass
@@ -68,7 +68,9 @@ LAYER_MODES = ("independent", "joint")
 class LLMGradientAttribution(CaptumLLMGradientAttribution):
     """Gradient attribution of language models, in one pass and over any set of layers.
 
-    A drop-in replacement for ``captum.attr.LLMGradientAttribution``.
+    A drop-in replacement for ``captum.attr.LLMGradientAttribution``. The model may also be an
+    encoder-decoder model, whose encoder reads the prompt, or a question answering model, whose
+    output tokens are the start and the end of an answer (see `qa_input`).
 
     Args:
         attr_method: `LayerIntegratedGradients`, `LayerGradientXActivation`, `LayerGradientShap`,
@@ -141,7 +143,9 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
                 the baseline's embeddings, and where it is empty at `baselines` ("mean"). A token
                 that straddles a border belongs to the value that it mostly covers.
             target: a string (encoded without special tokens), a 1-D tensor of token ids, or None
-                to let the model generate it.
+                to let the model generate it. Of a question answering model: an answer, of which
+                the first place in the context counts, the positions (start, end) of its tokens in
+                the prompt, or None for the likeliest span of the context.
             gen_args: arguments of ``model.generate`` when `target` is None. Default: greedy, 25
                 new tokens.
             include_per_token_attr: False computes the sequence attribution alone, with one
@@ -155,7 +159,9 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
             layer_mode: of several layers, "independent" (each as if it were alone) or "joint" (all
                 move along the path together).
             include_generated: earlier target tokens are features too: n_input + n_output columns,
-                zero from the target token itself on. The baseline then replaces them as well.
+                zero from the target token itself on. The baseline then replaces them as well. Of
+                an encoder-decoder model these are the decoder's positions, but for its start
+                token; its decoder's layers hold no other features.
             include_hidden_attr: keep the attribution before it is summed over hidden units (of
                 LayerSaliency: the gradient), (n_output, n_input, hidden).
             contrast_target: attribute score(target) − score(contrast) instead, at the same places
@@ -210,13 +216,15 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
             warn_of_dropout(self.model)
             device = input_device(self.model, self.device)
             features = read_features(inp, self.tokenizer, device)
-            forcing = self._teacher_forcing(
-                features, target, gen_args, contrast_target, skip_tokens
-            )
+            target = without_tokens(self.tokenizer, target, skip_tokens)
+            request = Request(target, gen_args, contrast_target, self.attr_target)
+            task = task_of(self.model)
+            forcing = task.forcing(self.model, self.tokenizer, features.prompt_ids, request)
             forcing = replace(forcing, dtype=dtype)
+            features = features.of_prompt(forcing.prompt_ids)
             check_ids(forcing)
             check_context(forcing)
-            tokens = output_tokens(forcing.target.ids, self.tokenizer)
+            tokens = task.names(forcing, self.tokenizer)
         # The target is generated above by the model as it is, and differentiated here.
         with _differentiable(self.model), dequantized_products(self.model):
             check_gradients(forcing)
@@ -236,7 +244,8 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
                 forward_mode=_forward_mode(forward_mode, rule, possible, cheap),
                 grad_kwargs=grad_kwargs or {},
             )
-            sites = [replace(site, at_input=attribute_to_layer_input) for site in self._sites]
+            found = sites_in(forcing.model, self._sites)
+            sites = [replace(site, at_input=attribute_to_layer_input) for site in found]
             if isinstance(rule, PathRule):
                 warn_of_low_precision(forcing, probe, sites)
             trials = num_trials if isinstance(rule, PathRule) and _draws(rule, inp) else 1
@@ -247,30 +256,15 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
                 for baseline in several
             ]
             more = [read_rule(self.attr_method, method_options) for _ in starts[1:]]
-            totals = _Job(forcing, sites, plan).run([rule, *more], starts, show_progress)
-            return self._result(sites, totals, features, tokens, inp, plan, layer_mode)
-
-    def _teacher_forcing(
-        self,
-        features: Features,
-        target: str | Tensor | None,
-        gen_args: dict[str, Any] | None,
-        contrast_target: str | Tensor | None,
-        skip_tokens: Sequence[int] | Sequence[str] | None,
-    ) -> TeacherForcing:
-        prompt = features.prompt_ids
-        given = {"input_ids": prompt}
-        ids = target_ids(self.model, self.tokenizer, given, target, gen_args, skip_tokens)
-        ids = ids.to(prompt.device, copy=True)
-        contrast = contrast_ids(self.tokenizer, contrast_target, len(ids))
-        contrast = None if contrast is None else contrast.to(prompt.device, copy=True)
-        return TeacherForcing(self.model, prompt, Target(ids, self.attr_target, contrast))
+            job = _Job(forcing, sites, plan)
+            totals = job.run([rule, *more], starts, show_progress)
+            return self._result(job, totals, features, tokens, inp, layer_mode)
 
     def _probed(
         self, forcing: TeacherForcing, features: Features, reuse_prefix: bool
     ) -> tuple[TeacherForcing, Pass, bool]:
         """The pass with what precedes all features cached, its probe, and whether it is causal."""
-        cut = features.first if reuse_prefix and keeps_cache(self.model) else 0
+        cut = features.first if reuse_prefix and keeps_cache(forcing.model) else 0
         probe = probed(forcing, use_cache=cut >= FEWEST_REUSED)
         causal = check_causal(forcing, probe)
         if not causal or not can_be_cut(probe.cache):
@@ -293,30 +287,34 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
             return None
         ids, length = forcing.ids, forcing.ids.size(1)
         if not isinstance(inp, CaptumTextTemplateInput):
-            return path_start(baselines, inp, ids, features.column_at(length) >= 0, self.model)
-        neutral = "mean" if baselines is None else baselines
-        values = baseline_tokens(inp, self.tokenizer)
-        value_at = features.value_at(length)
-        return template_start(neutral, values, value_at, ids, self.tokenizer, self.model)
+            replaced = features.column_at(length) >= 0
+            start = path_start(baselines, inp, ids, replaced, self.model)
+        else:
+            neutral = "mean" if baselines is None else baselines
+            values = baseline_tokens(inp, self.tokenizer)
+            value_at = features.value_at(length)
+            start = template_start(neutral, values, value_at, ids, self.tokenizer, self.model)
+        check_start(forcing.model, start)
+        return start
 
     def _result(
         self,
-        sites: Sequence[Site],
+        job: _Job,
         totals: Mapping[Site, LayerTotal],
         features: Features,
         tokens: list[str],
         inp: InterpretableInput,
-        plan: Plan,
         layer_mode: str,
     ) -> LLMAttributionResult:
+        plan, model = job.plan, job.forcing.model
         columns = {
             site: layer_columns(total, features, plan.per_token, plan.keep_hidden)
             for site, total in totals.items()
         }
-        by_site = {site: columns[site] for site in sites}
+        by_site = {site: columns[site] for site in job.sites}
         checked = list(by_site.values())
         if isinstance(self.attr_method, LayerConductance):
-            checked = [x for site, x in columns.items() if holds_whole_state(site, self.model)]
+            checked = [x for site, x in columns.items() if holds_whole_state(site, model)]
         check_totals(totals)
         warn_of_zeros(totals)
         warn_unless_converged(checked, plan.joint, tokens)

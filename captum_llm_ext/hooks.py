@@ -155,11 +155,15 @@ def split_at_head(model: nn.Module, keep_graph: bool = False) -> Iterator[HeadIn
 
 @dataclass
 class LayerState:
-    """What a site held in one forward pass."""
+    """What a site held in one forward pass.
+
+    first: the place of its first position among the ids that were fed.
+    """
 
     tensor: Tensor
     depends_on_tokens: bool
     blocks_before: int
+    first: int = 0
 
 
 @contextmanager
@@ -194,7 +198,7 @@ def embedding_leaves(model: nn.Module, ids: Tensor) -> Iterator[list[Tensor]]:
     leaves: list[Tensor] = []
 
     def make_leaf(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        if not (args and _is_ids(args[0], ids) and torch.is_grad_enabled()):
+        if not (args and is_ids(args[0], ids) and torch.is_grad_enabled()):
             return None
         # An embedding inside a wrapper, as of LoRA, has its leaf already.
         leaf = output if output.requires_grad else output.detach().requires_grad_()
@@ -209,7 +213,7 @@ def embedding_leaves(model: nn.Module, ids: Tensor) -> Iterator[list[Tensor]]:
         yield leaves
 
 
-def _is_ids(tensor: Any, ids: Tensor) -> bool:
+def is_ids(tensor: Any, ids: Tensor) -> bool:
     return (
         isinstance(tensor, Tensor)
         and not tensor.is_floating_point()

@@ -59,7 +59,7 @@ class TeacherForcing:
     @cached_property
     def ids(self) -> Tensor:
         """Prompt and target but for its last token, (1, n_prompt + n_output - 1)."""
-        return torch.cat([self.prompt_ids, self.target.ids[None, :-1]], dim=1)
+        return torch.cat([self.prompt_ids, self.target.fed[None]], dim=1)
 
     @cached_property
     def precision(self) -> torch.dtype | None:
@@ -67,7 +67,7 @@ class TeacherForcing:
         return self.dtype or computes_in(self.model)
 
     def length(self, span: TargetSpan) -> int:
-        return self.n_prompt + span.stop - 1
+        return self.n_prompt + min(span.stop - 1, len(self.target.fed))
 
     def fed(self, ids: Tensor, span: TargetSpan) -> Tensor:
         """What of the ids (rows, length) the model is fed to score the span."""
@@ -125,7 +125,7 @@ class TeacherForcing:
         """
         span = self.whole
         own = self.run(self.ids, span, use_cache=use_cache)
-        if len(self.target) == 1:
+        if not len(self.target.fed):
             return own
         changed = self.run(_with_last_id_changed(self.ids), span)
         return replace(own, logits=torch.cat([own.logits, changed.logits]))
@@ -142,7 +142,7 @@ class TeacherForcing:
         n_output = len(self.target)
         if not causal:
             return _even_spans(n_output, n_output)
-        if not (per_token and divide and self.target.is_additive):
+        if not (per_token and divide and self.target.is_additive and len(self.target.fed)):
             return [TargetSpan(0, n_output)]
         counts = range(1, min(n_output, 8) + 1)
         return min((_even_spans(n_output, n) for n in counts), key=lambda s: self._cost(s, rows))
@@ -266,7 +266,13 @@ def read_logits(output: Any) -> Tensor:
         raise ValueError(
             f"expected the model to return an object with .logits, got {type(output).__name__}"
         )
-    return logits[:, 0] if logits.dim() == 4 else logits  # Llama4: (rows, 1, length, vocabulary)
+    logits = logits[:, 0] if logits.dim() == 4 else logits  # Llama4: (rows, 1, length, vocabulary)
+    if logits.dim() != 3:
+        raise ValueError(
+            "expected logits (rows, length, vocabulary), as of a causal or an encoder-decoder "
+            f"language model; got the shape {tuple(logits.shape)}"
+        )
+    return logits
 
 
 def tokens_per_pass(device: torch.device) -> int:

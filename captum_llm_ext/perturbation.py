@@ -9,19 +9,20 @@ from copy import copy, deepcopy
 from typing import Any
 
 import torch
-from captum.attr import KernelShap, Lime
+from captum.attr import FeatureAblation, KernelShap, Lime
 from torch import Tensor
 
 from captum_llm_ext.baselines import BaselineSpec
 from captum_llm_ext.checks import (
-    check_causal,
-    check_context,
     check_counts,
-    check_ids,
-    probed,
     warn_of_dropout,
 )
-from captum_llm_ext.coalitions import Coalitions, same_random_state
+from captum_llm_ext.coalitions import (
+    Coalitions,
+    prompt_scorer,
+    same_random_state,
+    teacher_forcing,
+)
 from captum_llm_ext.compat import (
     CaptumLLMAttribution,
     CaptumTextTemplateInput,
@@ -30,21 +31,17 @@ from captum_llm_ext.compat import (
     PerturbationAttribution,
     default_perturb_func,
 )
-from captum_llm_ext.inputs import check_template, drawn, prompt_ids, with_baselines
+from captum_llm_ext.inputs import check_template, drawn, with_baselines
 from captum_llm_ext.model_parts import input_device
-from captum_llm_ext.model_pass import TeacherForcing
-from captum_llm_ext.prefix_cache import keeps_cache
-from captum_llm_ext.prompts import PromptScorer
 from captum_llm_ext.quantized import quietly
 from captum_llm_ext.result import LLMAttributionResult
 from captum_llm_ext.targets import (
     PERTURBATION_TARGETS,
-    Target,
     check_attr_target,
-    contrast_ids,
-    output_tokens,
-    target_ids,
+    without_tokens,
 )
+from captum_llm_ext.tasks import task_of
+from captum_llm_ext.two_stage import TwoStageAblation
 
 # Arguments of Captum's methods that this class gives itself.
 RESERVED = {
@@ -57,18 +54,25 @@ RESERVED = {
     "kwargs",
 }
 
+# Methods whose later perturbations depend on the scores of the first ones, and what asks for those.
+STAGED = {TwoStageAblation: FeatureAblation}
+
 InspectForward = Callable[[str, str, list[float]], None]
 
 
 class LLMAttribution(CaptumLLMAttribution):
     """Perturbation attribution of language models, right on transformers 5 and in batches.
 
-    A drop-in replacement for ``captum.attr.LLMAttribution``.
+    A drop-in replacement for ``captum.attr.LLMAttribution``. The model may also be an
+    encoder-decoder model, or a question answering model; of the latter an absent part keeps its
+    places, with as many tokens of its baseline or else mask tokens in them, so that the answer's
+    positions stay.
 
     Args:
         attr_method: `FeatureAblation`, `ShapleyValueSampling`, `ShapleyValues`, `Lime` or
-            `KernelShap` (Captum's classes), made with the model. Lime and KernelShap need
-            scikit-learn (the extra ``lime``) and give the sequence attribution alone.
+            `KernelShap` (Captum's classes) or `TwoStageAblation`, made with the model. Lime and
+            KernelShap need scikit-learn (the extra ``lime``) and give the sequence attribution
+            alone.
         tokenizer: the model's tokenizer.
         attr_target: what is attributed of each target token: "log_prob" (natural logarithm, the
             default), "prob", "logit" or "rank" (minus the number of likelier tokens, so that an
@@ -89,6 +93,12 @@ class LLMAttribution(CaptumLLMAttribution):
         >>> result.token_attr.shape
         torch.Size([1, 1])
     """
+
+    SUPPORTED_METHODS = (*CaptumLLMAttribution.SUPPORTED_METHODS, *STAGED)
+    SUPPORTED_PER_TOKEN_ATTR_METHODS = (
+        *CaptumLLMAttribution.SUPPORTED_PER_TOKEN_ATTR_METHODS,
+        *STAGED,
+    )
 
     def __init__(
         self,
@@ -126,7 +136,9 @@ class LLMAttribution(CaptumLLMAttribution):
         Args:
             inp: a `TextTokenInput`, `TextTemplateInput` or `ImageMaskInput`.
             target: a string (encoded without special tokens), a 1-D tensor of token ids, or None
-                to let the model generate it.
+                to let the model generate it. Of a question answering model: an answer, of which
+                the first place in the context counts, the positions (start, end) of its tokens in
+                the prompt, or None for the likeliest span of the context.
             num_trials: average over so many trials; a callable baseline is drawn once in each.
             gen_args: arguments of ``model.generate`` when `target` is None. Default: greedy, 25
                 new tokens.
@@ -183,19 +195,23 @@ class LLMAttribution(CaptumLLMAttribution):
             if isinstance(inp, CaptumTextTemplateInput):
                 check_template(inp)
             inp = with_baselines(inp, baselines, self.model)
-            forcing = self._teacher_forcing(inp, target, gen_args, contrast_target, skip_tokens)
-            tokens = output_tokens(forcing.target.ids, self.tokenizer)
-            probe = probed(forcing, use_cache=reuse_prefix and keeps_cache(self.model))
-            causal = check_causal(forcing, probe, product=False)
-            scorer = PromptScorer(forcing, probe, causal, internal_batch_size)
-            kwargs["perturbations_per_eval"] = perturbations_per_eval
+            task = task_of(self.model)
+            target = without_tokens(self.tokenizer, target, skip_tokens)
+            asked_for = (target, gen_args, self.attr_target, contrast_target)
+            forcing = teacher_forcing(self.model, self.tokenizer, inp, *asked_for)
+            tokens = task.names(forcing, self.tokenizer)
+            scorer = prompt_scorer(forcing, reuse_prefix, internal_batch_size)
+            staged = type(self.attr_method) in STAGED
+            at_once = inp.n_itp_features if staged else perturbations_per_eval
+            kwargs["perturbations_per_eval"] = at_once
             known: dict[tuple[int, ...], Tensor] = {}
             trials = []
             for _ in range(num_trials):
-                asked = Coalitions(drawn(inp), self.tokenizer, scorer, known)
+                perturbed = task.perturbed(drawn(inp), self.tokenizer)
+                asked = Coalitions(perturbed, self.tokenizer, scorer, known, show_progress)
                 if self._repeats_itself():
                     self._collect(asked, kwargs)
-                    asked.score(show_progress)
+                    asked.score()
                 trials.append(self._attribute_once(asked, _inspect_forward, kwargs))
             return self._result(torch.stack(trials).mean(0), inp, tokens)
 
@@ -229,27 +245,6 @@ class LLMAttribution(CaptumLLMAttribution):
         if isinstance(self.attr_method, KernelShap) and inp.n_itp_features < 2:
             raise ValueError(f"{name} needs at least 2 features, got {inp.n_itp_features}")
 
-    def _teacher_forcing(
-        self,
-        inp: InterpretableInput,
-        target: str | Tensor | None,
-        gen_args: dict[str, Any] | None,
-        contrast_target: str | Tensor | None,
-        skip_tokens: Sequence[int] | Sequence[str] | None,
-    ) -> TeacherForcing:
-        device = input_device(self.model, self.device)
-        prompt = prompt_ids(inp, None, self.tokenizer, device)
-        given = {"input_ids": prompt[None]}
-        ids = target_ids(self.model, self.tokenizer, given, target, gen_args, skip_tokens)
-        ids = ids.to(prompt.device, copy=True)
-        contrast = contrast_ids(self.tokenizer, contrast_target, len(ids))
-        contrast = None if contrast is None else contrast.to(prompt.device, copy=True)
-        asked = Target(ids, self.attr_target, contrast)
-        forcing = TeacherForcing(self.model, prompt[None], asked)
-        check_ids(forcing)
-        check_context(forcing)
-        return forcing
-
     def _repeats_itself(self) -> bool:
         """Whether the method draws from the global random state alone, and so can run twice."""
         own_draws = getattr(self.attr_method, "perturb_func", None)
@@ -258,8 +253,8 @@ class LLMAttribution(CaptumLLMAttribution):
     def _collect(self, asked: Coalitions, kwargs: dict[str, Any]) -> None:
         """Let the method run on scores of zero, to learn which perturbations it wants.
 
-        They do not depend on the scores, and the random state is put back, so that it wants the
-        same ones when it runs in earnest.
+        They do not depend on the scores (of a method in stages, the first ones), and the random
+        state is put back, so that it wants the same ones when it runs in earnest.
         """
         width = 1 + len(asked.scorer.target) if self.include_per_token_attr else None
 
@@ -276,6 +271,7 @@ class LLMAttribution(CaptumLLMAttribution):
         """Attributions (1 + n_output or 1, n_features) of one trial."""
 
         def scores(rows: Tensor) -> Tensor:
+            asked.add(rows)  # so that what was not foreseen is scored together
             found = [asked.found(row) for row in rows]
             if inspect is not None:
                 self._inspect(inspect, asked, rows, found)
@@ -293,10 +289,13 @@ class LLMAttribution(CaptumLLMAttribution):
         rehearsal: bool = False,
     ) -> Tensor:
         method = copy(self.attr_method)
+        if rehearsal and type(method) in STAGED:
+            method = STAGED[type(method)](forward)
         method.forward_func = forward
         if rehearsal and isinstance(method, Lime):  # its surrogate must not learn from zeros
             method.interpretable_model = deepcopy(method.interpretable_model)
-        result: Tensor = method.attribute(inp.to_tensor().to(self.device), **kwargs)
+        present = inp.to_tensor().to(input_device(self.model, self.device))
+        result: Tensor = method.attribute(present, **kwargs)
         return result
 
     def _inspect(

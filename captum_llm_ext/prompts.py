@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from captum_llm_ext.memory import Halving
+from captum_llm_ext.adapter import Adapter, prompt_in
+from captum_llm_ext.memory import Halving, free_bytes
 from captum_llm_ext.model_parts import output_head
 from captum_llm_ext.model_pass import (
     PASS_OVERHEAD,
     Pass,
-    TargetSpan,
     TeacherForcing,
     read_logits,
     tokens_per_pass,
@@ -69,6 +69,7 @@ class PromptScorer:
         The reference goes along in the batches. Where it gets another score there than by
         itself, the model does not batch or reuse its cache rightly, and a plainer way is taken.
         """
+        prompts = [prompt_in(self.model, prompt) for prompt in prompts]
         together, reference = _with_reference(prompts, self.reference)
         for score in self._ways():
             found = score(together)
@@ -88,7 +89,7 @@ class PromptScorer:
 
     def _takes_rows(self) -> bool:
         """Whether the model takes several rows; what is not of transformers is asked."""
-        if isinstance(self.model, PreTrainedModel):
+        if isinstance(self.model, PreTrainedModel | Adapter):
             return True
         try:
             self.model(self.reference[None, :2].repeat(2, 1))
@@ -104,13 +105,15 @@ class PromptScorer:
 
     def _alone(self, prompt: Tensor) -> Tensor:
         """(2, 1 + n_output) after one prompt, in one pass, or token by token."""
+        self.advance(1)
+        if isinstance(self.model, Adapter):
+            return self._batch([prompt], 0, None, slice(0, 1))[0]
         forcing = replace(self.forcing, prompt_ids=prompt[None])
         passes = [
             forcing.run(forcing.fed(forcing.ids, s), s)
             for s in forcing.spans(False, 1, self.causal)
         ]
         logits = torch.cat([p.logits for p in passes], dim=1)
-        self.advance(1)
         return read_scores(replace(self.probe, logits=logits))[0]
 
     def _in_batches(self, prompts: Sequence[Tensor], cache: PrefixCache | None = None) -> Tensor:
@@ -118,7 +121,8 @@ class PromptScorer:
         lengths = [len(prompt) for prompt in prompts]
         limit = tokens_per_pass(self.reference.device)
         scores: dict[int, Tensor] = {}
-        for batch in batches(lengths, shared, len(self.target), limit, self.rows):
+        most = self._most_rows()
+        for batch in batches(lengths, shared, len(self.target), limit, self.rows, most):
             cut = min(shared[i] for i in batch)
             cut = cut if cut >= FEWEST_REUSED else 0
             score = partial(self._batch, [prompts[i] for i in batch], cut, cache)
@@ -127,11 +131,25 @@ class PromptScorer:
             self.advance(len(batch))
         return torch.stack([scores[i] for i in range(len(prompts))])
 
+    def _most_rows(self) -> int:
+        """Rows whose scores fit into free memory: logits, their float32, and as much again."""
+        free = free_bytes(self.probe.logits.device)
+        row = 16 * len(self.target) * self.probe.logits.size(-1)
+        return MOST_ROWS if free is None else max(1, min(MOST_ROWS, free // 2 // row))
+
     def _batch(
         self, batch: list[Tensor], cut: int, cache: PrefixCache | None, part: slice
     ) -> Tensor:
-        """(rows, 2, 1 + n_output), the prompts padded on the right, where no token looks."""
-        prompts = batch[part]
+        """(rows, 2, 1 + n_output) after a part of the prompts."""
+        if isinstance(self.model, Adapter):
+            logits = self.model.logits_after(batch[part], self.target.fed)
+        else:
+            logits = self._continued(batch[part], cut, cache)
+        return read_scores(Pass(self.target, self.forcing.whole, logits))
+
+    def _continued(self, prompts: list[Tensor], cut: int, cache: PrefixCache | None) -> Tensor:
+        """Logits (rows, n_output, vocabulary), the prompts padded on the right, where no token
+        looks."""
         continued = self.target.ids[:-1]
         ids = pad_sequence([torch.cat([p[cut:], continued]) for p in prompts], batch_first=True)
         last = torch.tensor([len(p) - cut - 1 for p in prompts], device=ids.device)
@@ -141,9 +159,7 @@ class PromptScorer:
             options = {"use_cache": True, "past_key_values": cache.at(cut, len(prompts))}
         with _head_reads_only(self.model, places):
             logits = read_logits(self.model(ids, **options))
-        if logits.size(1) != places.size(1):
-            logits = _take(logits, places)
-        return read_scores(Pass(self.target, TargetSpan(0, len(self.target)), logits))
+        return logits if logits.size(1) == places.size(1) else _take(logits, places)
 
 
 def read_scores(scored: Pass) -> Tensor:
@@ -154,14 +170,19 @@ def read_scores(scored: Pass) -> Tensor:
 
 
 def batches(
-    lengths: Sequence[int], shared: Sequence[int], n_output: int, limit: int, rows: int | None
+    lengths: Sequence[int],
+    shared: Sequence[int],
+    n_output: int,
+    limit: int,
+    rows: int | None,
+    most: int = MOST_ROWS,
 ) -> list[list[int]]:
     """Divide prompts among passes at the least cost in tokens.
 
     lengths: tokens of each prompt; shared: how many of them come from the cache; limit: tokens
-    per pass; rows: prompts per pass, instead of the limit. A pass takes from the cache what all
-    its prompts share, and fills all up to its longest. By dynamic programming over the prompts in
-    the order of what they share.
+    per pass; rows: prompts per pass, instead of the limit; most: prompts per pass at all. A pass
+    takes from the cache what all its prompts share, and fills all up to its longest. By dynamic
+    programming over the prompts in the order of what they share.
     """
     order = sorted(range(len(lengths)), key=lambda i: (shared[i], lengths[i]))
     best, first = [0.0], [0]
@@ -171,7 +192,7 @@ def batches(
             longest, count = max(longest, lengths[order[start]]), end - start
             width = longest - shared[order[start]] + n_output - 1
             too_large = count > rows if rows else count * width > limit
-            if count > 1 and (too_large or count > MOST_ROWS):
+            if count > 1 and (too_large or count > most):
                 break
             options.append((best[start] + count * width + PASS_OVERHEAD, start))
         cost, start = min(options)

@@ -29,7 +29,7 @@ def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
         name: module
         for name, module in model.named_modules()
         if (hasattr(module, "in_features") or hasattr(module, "infeatures"))
-        and not _is_plain(getattr(module, "weight", None))
+        and _has_quantised_weight(module)
     }
 
 
@@ -174,8 +174,17 @@ def _unpacked(data: Tensor, packed: Any) -> tuple[Tensor, Any]:
     return data, state
 
 
+def _has_quantised_weight(module: nn.Module) -> bool:
+    """Whether its weight is a tensor of another kind, or whole numbers or bytes of another name."""
+    weight = getattr(module, "weight", None)
+    own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    tensors = own if weight is None else [weight]
+    return not all(_is_plain(tensor) for tensor in tensors)
+
+
 def _is_plain(weight: Any) -> bool:
-    return type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point()
+    plain = type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point()
+    return plain and weight.itemsize > 1  # 8-bit floats come with kernels of their own
 
 
 def _kind(name: str) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,15 +22,28 @@ class Target:
     """Target tokens and what is attributed of them.
 
     ids: (n_output,) token ids; contrast: (n_output,) token ids to compare with, or None;
-    attr_target: "log_prob", "prob", "logit", or "rank" (minus how many tokens are likelier).
+    attr_target: "log_prob", "prob", "logit", or "rank" (minus how many tokens are likelier);
+    of_positions: the ids are positions of the prompt, and the logits are over these.
     """
 
     ids: Tensor
     attr_target: str = "log_prob"
     contrast: Tensor | None = None
+    of_positions: bool = False
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def fed(self) -> Tensor:
+        """The ids that the model is fed to score all of them: all but the last, or none."""
+        return self.ids[:0] if self.of_positions else self.ids[:-1]
+
+    @property
+    def vocabulary_ids(self) -> list[Tensor]:
+        """The ids that the model's vocabulary is to have."""
+        given = [] if self.of_positions else [self.ids, self.contrast]
+        return [ids for ids in given if ids is not None]
 
     @property
     def is_additive(self) -> bool:
@@ -39,7 +52,7 @@ class Target:
 
     def as_log_prob(self) -> Target:
         """The same tokens, scored by their log probability."""
-        return Target(self.ids)
+        return replace(self, attr_target="log_prob", contrast=None)
 
     def token_scores(self, logits: Tensor, start: int, stop: int) -> Tensor:
         """Scores (rows, stop - start) of target tokens start…stop-1 from their logits."""
@@ -81,20 +94,19 @@ def target_ids(
     model_inputs: Mapping[str, Any],
     target: str | Tensor | Sequence[int] | None,
     gen_args: Mapping[str, Any] | None,
-    skip_tokens: Sequence[int] | Sequence[str] | None = None,
+    n_given: int | None = None,
 ) -> Tensor:
     """The token ids (n_output,) of a target that is given, or that the model generates.
 
-    `skip_tokens`, ids or strings, are left out of a target that is given.
+    n_given: how many ids precede the generated ones in what the model generates; default: the
+    prompt's.
     """
     if target is None:
-        return _checked(_generate(model, model_inputs, gen_args), "the model generated no token")
+        generated = _generate(model, model_inputs, gen_args, n_given)
+        return _checked(generated, "the model generated no token")
     if gen_args is not None:
         raise ValueError("gen_args is only for a generated target; got gen_args and a target")
-    ids = encode_target(tokenizer, target)
-    skipped = torch.tensor(token_ids(skip_tokens, tokenizer), dtype=torch.long, device=ids.device)
-    kept = ~torch.isin(ids, skipped)
-    return _checked(ids[kept], "all tokens of the target are skipped")
+    return encode_target(tokenizer, target)
 
 
 def encode_target(tokenizer: Any, target: str | Tensor | Sequence[int]) -> Tensor:
@@ -112,6 +124,19 @@ def encode_target(tokenizer: Any, target: str | Tensor | Sequence[int]) -> Tenso
             f"target must be a 1-D tensor of token ids, got shape {tuple(ids.shape)} of {ids.dtype}"
         )
     return _checked(ids.long(), "the target is empty")
+
+
+def without_tokens(
+    tokenizer: Any,
+    target: str | Tensor | None,
+    skip_tokens: Sequence[int] | Sequence[str] | None,
+) -> str | Tensor | None:
+    """A target that is given, without some tokens: `skip_tokens`, ids or strings."""
+    if target is None or not skip_tokens:
+        return target
+    ids = encode_target(tokenizer, target)
+    skipped = torch.tensor(token_ids(skip_tokens, tokenizer), device=ids.device)
+    return _checked(ids[~torch.isin(ids, skipped)], "all tokens of the target are skipped")
 
 
 def contrast_ids(
@@ -140,7 +165,10 @@ def output_tokens(ids: Tensor, tokenizer: Any) -> list[str]:
 
 
 def _generate(
-    model: nn.Module, model_inputs: Mapping[str, Any], gen_args: Mapping[str, Any] | None
+    model: nn.Module,
+    model_inputs: Mapping[str, Any],
+    gen_args: Mapping[str, Any] | None,
+    n_given: int | None,
 ) -> Tensor:
     generate = getattr(model, "generate", None)
     if not callable(generate):
@@ -152,7 +180,7 @@ def _generate(
     with torch.no_grad():
         output = generate(**mask, **(gen_args or DEFAULT_GEN_ARGS))
     sequences = output if isinstance(output, Tensor) else output.sequences
-    return sequences[0, ids.size(1) :]
+    return sequences[0, ids.size(1) if n_given is None else n_given :]
 
 
 def _checked(ids: Tensor, problem: str) -> Tensor:

@@ -32,8 +32,9 @@ class Plan:
 class LayerTotal:
     """A layer's attributions, summed over rows and passes.
 
-    cut: how many first positions are left out, being no features; tokens: (n_output, length) per
-    target token, combined over hidden units; sequence: (length, hidden) of the sequence score, or
+    cut: how many first positions are left out, being no features or none of the layer's; tokens:
+    (n_output, length) per target token, combined over hidden units; sequence: (length, hidden) of
+    the sequence score, or
     (length, 1) where only the sum over hidden units is needed; hidden: (n_output, length, hidden)
     or None; score_difference: (n_output,) or (1,) between the
     ends of the path, or None; n_evaluations: path points whose gradient was taken; converged:
@@ -42,11 +43,17 @@ class LayerTotal:
     """
 
     def __init__(
-        self, forcing: TeacherForcing, rule: Rule, plan: Plan, value: Tensor, depends: bool
+        self,
+        forcing: TeacherForcing,
+        rule: Rule,
+        plan: Plan,
+        value: Tensor,
+        depends: bool,
+        first: int = 0,
     ) -> None:
         self.depends = depends
-        n_output, length = len(forcing.target), forcing.ids.size(1) - forcing.cut
-        self.cut = forcing.cut
+        self.cut = forcing.cut + first
+        n_output, length = len(forcing.target), forcing.ids.size(1) - self.cut
         device = forcing.ids.device
         norm = self.norm = rule.norm
         width = value[0, 0].numel() if value.dim() > 1 else 1

@@ -210,13 +210,6 @@ def _turned(x: Tensor, rotary: int, theta: float) -> Tensor:
     return torch.cat([*turned, rest], -1)
 
 
-def encoder_decoder() -> nn.Module:
-    config = transformers.T5Config(
-        vocab_size=VOCAB_SIZE, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4
-    )
-    return transformers.T5ForConditionalGeneration(config).eval()
-
-
 def bidirectional() -> nn.Module:
     """BERT's masked language model: every token attends to every other."""
     config = transformers.BertConfig(

@@ -122,3 +122,47 @@ def test_local_attribution_has_no_sums_to_check() -> None:
         LLMGradientAttribution(method, tiny_tokenizer()).attribute(
             prompt_input(), target=target_ids(2), method="adaptive"
         )
+
+
+@pytest.mark.parametrize("per_token", [True, False])
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_score_difference_of_zero_is_defined(count: int, per_token: bool) -> None:
+    """A target contrasted with itself scores 0 everywhere: tolerance and delta have no scale."""
+    result = integrated(
+        tiny_model("llama"),
+        "model.embed_tokens",
+        method="adaptive",
+        target=target_ids(count),
+        contrast_target=target_ids(count),
+        include_per_token_attr=per_token,
+    )
+    assert result.converged is True
+    assert not result.seq_attr.any()
+    assert not result.convergence_delta.any()
+
+
+@pytest.mark.parametrize("kind", ["fixed", "adaptive"])
+def test_the_path_of_scores(kind: str) -> None:
+    """Points in order, from baseline to input, with the scores of a model run there by hand."""
+    model, inp, target = tiny_model("llama"), prompt_input(), target_ids(2)
+    options = {"n_steps": 5} if kind == "fixed" else {"method": "adaptive"}
+    path = integrated(model, "model.embed_tokens", target=target, **options).score_path
+    assert path[0, 0] == 0
+    assert path[0, -1] == 1
+    assert (path[0].diff() > 0).all()
+    ids = torch.cat([inp.inp_tensor[0], target[:1]])
+    absent = ids.clone()
+    absent[: inp.inp_tensor.size(1)] = inp.baselines
+    embed = model.get_input_embeddings()
+    for alpha, score in path.T[::7].tolist():
+        mixed = (1 - alpha) * embed(absent) + alpha * embed(ids)
+        logits = model(inputs_embeds=mixed[None]).logits[0, -2:].log_softmax(-1)
+        assert abs(float(logits[[0, 1], target].sum()) - score) < 1e-3
+
+
+def test_a_picture_of_the_path() -> None:
+    result = integrated(tiny_model("llama"), ["model.embed_tokens", "model.layers.1"], n_steps=4)
+    with pytest.raises(ValueError, match="plot one"):
+        result.plot_path()
+    _, ax = result["model.layers.1"].plot_path()
+    assert ax.get_xlabel().startswith("path")

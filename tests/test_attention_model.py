@@ -18,7 +18,7 @@ from captum_llm_ext import (
 )
 from captum_llm_ext.attention_hooks import configs, eager_attention
 from captum_llm_ext.compat import BaseLLMAttribution
-from tests.attention_oracles import bidirectional, encoder_decoder, family_model
+from tests.attention_oracles import bidirectional, family_model
 from tests.cases import prompt_input, target_ids
 from tests.families import (
     FAMILIES,
@@ -29,6 +29,7 @@ from tests.families import (
     tiny_model,
     tiny_tokenizer,
 )
+from tests.qa_families import tiny_qa
 from tests.test_attention import read
 from tests.test_restore import Failing, _tensors, prepared, state
 
@@ -176,7 +177,7 @@ def test_settings_without_meaning(settings: dict[str, Any], message: str) -> Non
     ("build", "message"),
     [
         (CausalToy, "CausalToy gives no attention weights: expected a causal language model"),
-        (encoder_decoder, "T5ForConditionalGeneration has an encoder"),
+        (lambda: tiny_qa("bert"), "BertForQuestionAnswering is not causal"),
         (bidirectional, "BertForMaskedLM is not causal"),
         (lambda: family_model("mamba"), "MambaForCausalLM gives no attention weights: it has no"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import sys
 import warnings
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from captum_llm_ext import __version__, cli, explain
+from captum_llm_ext.cli import entry, many, one, options
 from captum_llm_ext.models import load_model
 from tests.families import TARGET, tiny_model, tiny_tokenizer
 
@@ -43,6 +45,12 @@ def run(folder, capsys):
         return (code, *capsys.readouterr())
 
     return command
+
+
+def examples(command) -> list[str]:
+    """The lines of a command's examples that are commands."""
+    lines = command.EXAMPLES.splitlines()
+    return [line.strip() for line in lines if line.startswith("  ")]
 
 
 def one_line(text: str) -> bool:
@@ -147,9 +155,9 @@ def test_picture_of_the_tokens(run, tmp_path):
         (["--method", "nonsense"], "choose from"),
         (["--method", "ig", "--steps", "0"], "at least 1, got '0'"),
         (["--method", "ig", "--steps", "many"], "at least 1, got 'many'"),
-        (["--steps", "3"], "--steps belongs to --method ig"),
-        (["--target", TARGET, "--max-new-tokens", "3"], "leave out --target"),
-        (["--out", "picture.html"], "ends in .png"),
+        (["--steps", "3"], "saliency does not take n_steps; it takes attribute_to_layer_input, "),
+        (["--target", TARGET, "--max-new-tokens", "3"], "gen_args is only for a generated target"),
+        (["--out", "picture.gif"], "ends in .png, .pdf, .svg, .html, .json, .csv, .npz, .txt"),
         (["--out", "picture"], "ends in .png"),
         (["--out", "no/such/folder/picture.png"], "no folder 'no/such/folder'"),
         (["--model", "./no-such-folder"], "no such folder"),
@@ -190,7 +198,7 @@ def test_other_ends(run, monkeypatch, error, code, message):
     def stop(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(cli, "explain", stop)
+    monkeypatch.setattr(one, "explain", stop)
     result, _, err = run("--target", TARGET)
     assert result == code
     assert message in err
@@ -202,7 +210,7 @@ def test_verbose_shows_the_traceback_and_the_log(run, monkeypatch):
         logging.getLogger("captum_llm_ext.gradient").info("about to fail")
         raise ValueError("that is why")
 
-    monkeypatch.setattr(cli, "explain", stop)
+    monkeypatch.setattr(one, "explain", stop)
     code, _, err = run("--verbose")
     assert code == 2
     assert "captum-llm-ext: about to fail\n" in err
@@ -226,14 +234,14 @@ def test_progress_only_on_a_terminal(run, monkeypatch, terminal):
         seen.update(options)
         raise ValueError
 
-    monkeypatch.setattr(cli, "explain", stop)
+    monkeypatch.setattr(one, "explain", stop)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     run()
     assert seen["show_progress"] is terminal
 
 
 def test_demo_model_is_the_default(monkeypatch, capsys):
-    monkeypatch.setattr(cli, "load_demo_model", lambda: (tiny_model("llama"), tiny_tokenizer()))
+    monkeypatch.setattr(options, "load_demo_model", lambda: (tiny_model("llama"), tiny_tokenizer()))
     assert cli.main([PROMPT, "--target", TARGET, "--no-color"]) == 0
     expected = explain(tiny_model("llama"), tiny_tokenizer(), PROMPT, TARGET)
     assert capsys.readouterr().out == expected.to_text(color=False) + "\n"
@@ -243,16 +251,19 @@ def test_help_has_examples_that_parse(capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(["--help"])
     assert stop.value.code == 0
-    assert cli.EXAMPLES.strip() in capsys.readouterr().out
+    assert one.EXAMPLES.strip() in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("line", cli.EXAMPLES.strip().splitlines()[1:])
+@pytest.mark.parametrize("line", [*examples(one), *examples(many)])
 def test_every_example_parses(line):
-    import shlex
-
-    program, *arguments = shlex.split(line)
-    assert program == "captum-llm-ext"
-    assert cli.build_parser().parse_args(arguments).prompt == arguments[0]
+    program, *arguments = shlex.split(line.replace("accelerate launch --multi_gpu", "-m"))
+    if program == "-m":
+        arguments = arguments[arguments.index("captum_llm_ext") + 1 :]
+    command = entry.COMMANDS.get(arguments[0])
+    if command is None:
+        assert one.build_parser().parse_args(arguments).prompt == arguments[0]
+    else:
+        assert command.build_parser().parse_args(arguments[1:]).prompts.endswith(".jsonl")
 
 
 def test_version(capsys):
@@ -264,7 +275,7 @@ def test_version(capsys):
 
 @pytest.mark.real_model
 def test_demo_model_from_the_command_line(demo_model, monkeypatch, capsys):
-    monkeypatch.setattr(cli, "load_demo_model", lambda: demo_model)
+    monkeypatch.setattr(options, "load_demo_model", lambda: demo_model)
     assert cli.main(["The capital of France is", "--max-new-tokens", "1", "--no-color"]) == 0
     out = capsys.readouterr().out
     assert "Paris" in out
@@ -279,18 +290,28 @@ def test_perturbation_method(run):
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "message"),
     [
-        ("--method", "ablation", "--sequence-only"),
-        ("--method", "ig", "--samples", "3"),
-        ("--adaptive",),
-        ("--baseline", "pad"),
+        (("--method", "ablation", "--sequence-only"), "does not take include_per_token_attr"),
+        (("--method", "ig", "--samples", "3"), "does not take n_samples"),
+        (("--method", "ig", "--samples", "3"), "quadrature"),
+        (("--method", "attention", "--n-steps", "3"), "does not take n_steps"),
+        (("--method", "attention", "--attr-target", "logit"), "does not take attr_target"),
+        (("--method", "ablation", "--heads", "1"), "does not take heads"),
+        (("--method", "ig", "--norm", "l2"), "does not take norm"),
+        (("--adaptive",), "quadrature belongs to 'ig' and"),
+        (("--baseline", "pad"), "baselines mean nothing to saliency"),
+        (("--values", "x"), "the template leaves out value 0"),
+        (("--values", "x", "--chat"), "exclude each other"),
+        (("--by", "message"), "(of a chat: message too)"),
+        (("--plot", "layer", "--out", "x.png"), "--plot layer: of a result of several layers"),
     ],
 )
-def test_options_of_other_methods_are_refused(run, arguments):
+def test_options_without_meaning_are_refused(run, arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     code, _, err = run("--target", TARGET, *arguments)
     assert code == 2
-    assert any(argument in err for argument in arguments if argument.startswith("--"))
+    assert message in err
     assert one_line(err)
 
 

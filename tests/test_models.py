@@ -136,6 +136,83 @@ def test_loading_is_quiet_and_leaves_transformers_logging_as_it_was(tmp_path, ca
     assert transformers_logging.is_progress_bar_enabled()
 
 
+# --- load_model(quantization=...) ----------------------------------------------------------------
+
+
+def load_quantised(folder: Path, quantization: str, **options: object):
+    """A model wide enough for blocks of 64 weights, saved and loaded in 4 or 8 bits."""
+    pytest.importorskip("accelerate", reason="loading quantised models needs accelerate")
+    from tests.quantized_models import tiny_float_model  # skips without bitsandbytes
+
+    tiny_float_model("Llama").save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return load_model(folder, quantization, **options)
+
+
+def linear_layers(model):
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if hasattr(module, "in_features") and name != "lm_head"
+    }
+
+
+@pytest.mark.parametrize(
+    ("dtype", "compute"),
+    [
+        (None, torch.bfloat16),
+        ("float32", torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float16),
+    ],
+)
+def test_nf4_with_double_quantisation(tmp_path, dtype, compute):
+    model, tokenizer = load_quantised(tmp_path, "nf4", dtype=dtype)
+    layers = linear_layers(model)
+    assert {type(layer).__name__ for layer in layers.values()} == {"Linear4bit"}
+    assert len(layers) == 4 * 7
+    for layer in layers.values():
+        state = layer.weight.quant_state
+        assert (state.quant_type, state.nested, layer.compute_dtype) == ("nf4", True, compute)
+    assert not model.training
+    assert tokenizer.pad_token == "<pad>"
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16])
+def test_int8(tmp_path, dtype):
+    model, _ = load_quantised(tmp_path, "int8", dtype=dtype)
+    layers = linear_layers(model)
+    assert {type(layer).__name__ for layer in layers.values()} == {"Linear8bitLt"}
+    assert not any(layer.state.has_fp16_weights for layer in layers.values())
+    assert {layer.weight.dtype for layer in layers.values()} == {torch.int8}
+    assert model.get_input_embeddings().weight.dtype == (dtype or torch.float32)
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_quantised_model_on_a_device_map(tmp_path, quantization):
+    model, tokenizer = load_quantised(tmp_path, quantization, device_map="cpu")
+    ids = tokenizer("Dave lives in Palm Coast", return_tensors="pt").input_ids
+    assert model(ids).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("quantization", ["nf5", "4bit", "", "NF4", "fp4"])
+def test_unknown_quantization(tmp_path, quantization):
+    with pytest.raises(ValueError, match="expected quantization to be None, 'nf4', 'int8'; got"):
+        load_model(save_tiny(tmp_path), quantization)
+
+
+@pytest.mark.parametrize("missing", ["accelerate", "bitsandbytes"])
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_quantization_names_the_package_that_it_needs(tmp_path, monkeypatch, quantization, missing):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == missing else find(name)
+    )
+    message = rf"quantization='{quantization}' needs the package {missing}: "
+    with pytest.raises(ImportError, match=message + r"pip install 'captum-llm-ext\[quantized\]'"):
+        load_model(save_tiny(tmp_path), quantization)
+
+
 # --- the cache of the demo model -----------------------------------------------------------------
 
 

@@ -127,6 +127,12 @@ def test_the_sequence_alone_has_one_delta_and_no_token_plot():
         result.plot_token_attr()
 
 
+def test_equality_of_lists_of_tensors():
+    paths = [torch.tensor([[0.0, 1.0], [-3.0, place]]) for place in (-1.0, -2.0, -1.5)]
+    assert layered(layer_score_paths=paths) == layered(layer_score_paths=[*map(torch.clone, paths)])
+    assert layered(layer_score_paths=paths) != layered(layer_score_paths=paths[::-1])
+
+
 @pytest.mark.parametrize("make", [single, layered])
 def test_equality_is_by_value(make):
     assert make() == make()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from captum_llm_ext.display.html import View, render_document, render_view
 from captum_llm_ext.display.paths import draw_path
 from captum_llm_ext.display.plots import draw_bars, draw_heat_map
+from captum_llm_ext.display.removal import draw_measures, draw_removal_curves
 from captum_llm_ext.display.scale import ColorScale, relative_to_rows
 from captum_llm_ext.display.shaded import draw_shaded_text
 from captum_llm_ext.display.terminal import AttributionText, print_text, render_text
@@ -29,7 +30,9 @@ __all__ = [
     "distinct_names",
     "draw_bars",
     "draw_heat_map",
+    "draw_measures",
     "draw_path",
+    "draw_removal_curves",
     "draw_shaded_text",
     "print_text",
     "readable_token",

@@ -1,7 +1,14 @@
 """Interpretable inputs: tokens, templates, segments, chats, and what the wrappers need of them."""
 
 from captum_llm_ext.inputs.chats import chat_input
-from captum_llm_ext.inputs.features import Features, baseline_tokens, prompt_ids, read_features
+from captum_llm_ext.inputs.features import (
+    Features,
+    baseline_tokens,
+    places_kept,
+    prompt_ids,
+    read_features,
+)
+from captum_llm_ext.inputs.questions import qa_input
 from captum_llm_ext.inputs.segments import segment_input
 from captum_llm_ext.inputs.templates import TextTemplateInput, check_template, drawn
 from captum_llm_ext.inputs.tokens import TextTokenInput, with_baselines
@@ -14,7 +21,9 @@ __all__ = [
     "chat_input",
     "check_template",
     "drawn",
+    "places_kept",
     "prompt_ids",
+    "qa_input",
     "read_features",
     "segment_input",
     "with_baselines",

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from captum_llm_ext.baselines import token_id
 from captum_llm_ext.compat import CaptumTextTemplateInput, CaptumTextTokenInput, InterpretableInput
 from captum_llm_ext.inputs.templates import check_template, drawn, render_template, value_spans
 from captum_llm_ext.inputs.tokens import encode_with_offsets
@@ -39,6 +40,10 @@ class Features:
         if not len(places):
             raise ValueError("the values of the input are all empty: there is nothing to attribute")
         return int(places.min())
+
+    def of_prompt(self, prompt_ids: Tensor) -> Features:
+        """The same for a prompt (1, n) that goes on with ids that belong to no feature."""
+        return replace(self, prompt_ids=prompt_ids, value_of=self.value_at(prompt_ids.size(1)))
 
     def value_at(self, length: int) -> Tensor:
         """The value of each of `length` positions."""
@@ -162,3 +167,40 @@ def _owner(token: tuple[int, int], spans: Sequence[tuple[int, int]]) -> int:
 
 def _overlap(a: tuple[int, int], b: tuple[int, int]) -> int:
     return max(0, min(a[1], b[1]) - max(a[0], b[0]))
+
+
+class _PlacesKept(CaptumTextTemplateInput):
+    """A template whose absent values leave their places, with other ids in them."""
+
+    ids: Tensor
+    absent_ids: Tensor
+    column_at: Tensor
+
+    def to_model_input(self, perturbed_tensor: Tensor | None = None) -> Tensor:
+        if perturbed_tensor is None:
+            return self.ids
+        present = torch.cat([perturbed_tensor[0].cpu() == 1, torch.tensor([True])])
+        return torch.where(present[self.column_at], self.ids, self.absent_ids)
+
+
+def places_kept(inp: InterpretableInput, tokenizer: Any) -> InterpretableInput:
+    """The input, where the positions of a prompt are scored and must not shift.
+
+    An absent value of a template has its baseline's tokens in its places where they are as many,
+    and otherwise mask tokens, or pad tokens where the tokenizer has no mask.
+    """
+    if not isinstance(inp, CaptumTextTemplateInput):
+        return inp
+    features = _of_template(inp, tokenizer, torch.device("cpu"))
+    neutral = getattr(tokenizer, "mask_token_id", None)
+    neutral = token_id("pad", tokenizer) if neutral is None else neutral
+    absent = features.prompt_ids.clone()
+    for i, tokens in enumerate(baseline_tokens(inp, tokenizer)):
+        places = (features.value_of == i).nonzero().flatten()
+        as_many = len(tokens) == len(places)
+        absent[0, places] = torch.tensor(tokens if as_many else [neutral] * len(places))
+    kept = _PlacesKept.__new__(_PlacesKept)
+    kept.__dict__.update(inp.__dict__)
+    kept.ids, kept.absent_ids = features.prompt_ids, absent
+    kept.column_at = features.column_at(features.prompt_ids.size(1))
+    return kept

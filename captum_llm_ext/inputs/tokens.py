@@ -63,9 +63,14 @@ def tokens_in_spans(text: str, spans: Sequence[tuple[int, int]], tokenizer: Any)
         token not in special and any(a < stop and start < b for a, b in spans)
         for token, (start, stop) in encoded
     ]
+    return token_input([token for token, _ in encoded], inside, tokenizer)
+
+
+def token_input(ids: Sequence[int], inside: Sequence[bool], tokenizer: Any) -> TextTokenInput:
+    """Ids (n_prompt,) of which those `inside` are features."""
     inp = TextTokenInput.__new__(TextTokenInput)
-    inp.inp_tensor = torch.tensor([[token for token, _ in encoded]])
-    inp.itp_mask = torch.tensor([inside])
+    inp.inp_tensor = torch.tensor([list(ids)])
+    inp.itp_mask = torch.tensor([list(inside)])
     inp.itp_tensor = inp.inp_tensor[inp.itp_mask].unsqueeze(0)
     inp.skip_tokens, inp.tokenizer, inp.baselines, inp.named_baseline = None, tokenizer, 0, None
     inp.values = tokenizer.convert_ids_to_tokens(inp.itp_tensor[0].tolist())
@@ -115,6 +120,8 @@ def with_baselines(
         if baselines is not None:
             raise ValueError("the baselines of a template or an image belong to the input itself")
         return inp
+    if baselines is None and isinstance(inp, _ReplacedTokens):
+        return inp  # of an earlier attribution's result, with the baselines that it had
     if baselines is None:
         baselines = own_baseline(inp)
     ids = inp.inp_tensor[0].long()

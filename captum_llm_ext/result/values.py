@@ -62,12 +62,14 @@ def count(number: int, what: str) -> str:
 
 
 def equal(mine: object, theirs: object) -> bool:
-    """Equality by value, through tensors and dicts of them; not-a-number equals itself."""
+    """Equality by value, through tensors, lists and dicts of them; not-a-number equals itself."""
     if isinstance(mine, Tensor) and isinstance(theirs, Tensor):
         same = mine.shape == theirs.shape
         return same and torch.allclose(mine.cpu(), theirs.cpu(), rtol=0, atol=0, equal_nan=True)
     if isinstance(mine, dict) and isinstance(theirs, dict):
         return mine.keys() == theirs.keys() and all(equal(mine[k], theirs[k]) for k in mine)
+    if isinstance(mine, list) and isinstance(theirs, list):
+        return len(mine) == len(theirs) and all(map(equal, mine, theirs))
     if isinstance(mine, Tensor) or isinstance(theirs, Tensor):
         return False
     return mine == theirs

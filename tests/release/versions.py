@@ -36,7 +36,9 @@ def tests_pass(name: str, folder: Path, arguments: list[str]) -> bool:
     wheel, _ = build(folder / "dist")
     pins = folder / f"{name}.txt"
     pins.write_text("\n".join(floors(requirements(wheel)) if name == "lowest" else []))
-    environment.install("--upgrade", "--upgrade-strategy", "eager", "-c", pins, "-e", f"{ROOT}[dev]")
+    environment.install(
+        "--upgrade", "--upgrade-strategy", "eager", "-c", pins, "-e", f"{ROOT}[dev]"
+    )
     environment.run("python", "-c", _VERSIONS)
     ran = environment.run("python", "-m", "pytest", *arguments, cwd=ROOT, check=False)
     return ran.returncode == 0

@@ -1,0 +1,160 @@
+"""The lines of a file of requests, and the request that a line holds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from captum.attr import InterpretableInput
+
+from captum_llm_ext.inputs import prompt_ids
+from captum_llm_ext.requests import requested_input
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line that is not blank, and its number in the file, from 1."""
+
+    number: int
+    text: bytes
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a line asks for: the input, the target (None: generated) and the options of its own."""
+
+    inp: InterpretableInput
+    target: str | None
+    options: Mapping[str, Any]
+
+
+def read_lines(prompts: str | Path | Sequence[str | Mapping[str, Any]]) -> list[Line]:
+    """The lines of a JSONL file, or those that a list of prompts and requests would have in one.
+
+    Raises:
+        ValueError: there is no line.
+        TypeError: neither a path nor a list of str and dict.
+        OSError: the file cannot be read.
+    """
+    if isinstance(prompts, str | Path):
+        texts = Path(prompts).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    else:
+        texts = [_as_line(item) for item in prompts]
+    lines = [Line(number, text) for number, text in enumerate(texts, 1) if text.strip()]
+    if not lines:
+        raise ValueError(f"expected at least one prompt, but there is none in {prompts!r}")
+    return lines
+
+
+def read_fields(line: Line) -> dict[str, Any]:
+    """The fields of a line, each of its kind; those that are null count as absent.
+
+    Raises:
+        ValueError: no JSON object, or a field that is unknown or of another kind.
+    """
+    fields = json.loads(line.text.decode("utf-8"))
+    if not isinstance(fields, dict):
+        raise ValueError(f"expected a JSON object with a prompt, got {type(fields).__name__}")
+    present = {name: value for name, value in fields.items() if value is not None}
+    for name, value in present.items():
+        if name not in FIELDS:
+            raise ValueError(f"unknown field {name!r}; the fields are {', '.join(FIELDS)}")
+        expected, fits = FIELDS[name]
+        if not fits(value):
+            raise ValueError(f"{name}: expected {expected}, got {_shown(value)}")
+    return present
+
+
+def read_request(
+    line: Line, tokenizer: Any, by: str, roles: Sequence[str], target: str | None
+) -> Request:
+    """The request of a line; `target` is for lines without one.
+
+    Raises:
+        ValueError: as `read_fields`, or the input has no meaning.
+    """
+    fields = read_fields(line)
+    inp = requested_input(
+        tokenizer,
+        by="token" if "template" in fields else by,
+        roles=roles,
+        **{name: fields[name] for name in INPUT_FIELDS if name in fields},
+    )
+    options = {name: fields[name] for name in OPTION_FIELDS if name in fields}
+    return Request(inp, fields.get("target", target), options)
+
+
+def number_of_tokens(line: Line, tokenizer: Any, by: str, roles: Sequence[str]) -> int:
+    """Length of a line's prompt in tokens; 0 where the line is not well-formed."""
+    try:
+        inp = read_request(line, tokenizer, by, roles, None).inp
+        return len(prompt_ids(inp, None, tokenizer, "cpu"))
+    except Exception:  # of any kind: it is told when the line's turn comes
+        return 0
+
+
+def identity(line: Line) -> str | int | None:
+    """The `id` of a line, or None, also where the rest of it is of no use."""
+    try:
+        fields = json.loads(line.text)
+    except (ValueError, RecursionError):
+        return None
+    found = fields.get("id") if isinstance(fields, dict) else None
+    return found if isinstance(found, str | int) else None
+
+
+def readable(text: str) -> str:
+    """Text with "?" for each lone half of a surrogate pair, which UTF-8 cannot hold."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _as_line(item: str | Mapping[str, Any]) -> bytes:
+    if not isinstance(item, str | Mapping):
+        raise TypeError(
+            "expected the path of a JSONL file, or a list of prompts and of dicts with a prompt or "
+            f"messages; got {type(item).__name__} in it"
+        )
+    fields = {"prompt": item} if isinstance(item, str) else dict(item)
+    return json.dumps(fields).encode()
+
+
+def _is_text(value: Any) -> bool:
+    """Text that UTF-8 can hold: a lone half of a surrogate pair is no character."""
+    return isinstance(value, str) and value == readable(value)
+
+
+def _are_texts(value: Any) -> bool:
+    items = list(value.values()) if isinstance(value, dict) else value
+    return isinstance(items, list) and all(_is_text(item) for item in items)
+
+
+def _are_messages(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(m, dict) and _are_texts(m) for m in value)
+
+
+def _shown(value: Any, longest: int = 60) -> str:
+    shown = ascii(value)
+    return shown if len(shown) <= longest else shown[:longest] + "…"
+
+
+_TEXT = ("a string", _is_text)
+_TEXTS = ("a list of strings, or an object of them", _are_texts)
+INPUT_FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    # field: (what it is, whether a value is that)
+    "prompt": _TEXT,
+    "messages": ("a list of objects with 'role' and 'content'", _are_messages),
+    "template": _TEXT,
+    "values": _TEXTS,
+    "baselines": _TEXTS,
+    "context": _TEXT,
+}
+OPTION_FIELDS = {"contrast_target": _TEXT}
+FIELDS = {
+    **INPUT_FIELDS,
+    "target": _TEXT,
+    **OPTION_FIELDS,
+    "id": ("a string or an integer", lambda value: isinstance(value, str | int)),
+}

@@ -1,0 +1,74 @@
+"""``captum-llm-ext batch PROMPTS --out RESULTS``: many prompts, from a file to a file."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from captum_llm_ext.batch import BatchReport, batch
+from captum_llm_ext.cli.arguments import (
+    Parser,
+    add_input_arguments,
+    add_method_arguments,
+    add_model_arguments,
+)
+from captum_llm_ext.cli.options import explain_options, given, layers, loaded
+
+DESCRIPTION = """\
+Attribute every prompt of a file. Stopped at any moment and started again, it goes on where it was.
+
+A line is a JSON object: {"prompt": "..."}, {"messages": [{"role": "user", "content": "..."}]} or
+{"template": "{} lives in {}", "values": ["Dave", "Palm Coast"]}, each perhaps with "target",
+"contrast_target" and "id". One that is malformed or fails becomes an error record.
+"""
+EXAMPLES = """\
+examples:
+  captum-llm-ext batch prompts.jsonl --out results.jsonl
+  captum-llm-ext batch prompts.jsonl --out results.parquet --method ablation --by sentence
+several processes, each with a GPU of its own where there are any:
+  accelerate launch --multi_gpu --num_processes 4 -m captum_llm_ext batch in.jsonl --out out.jsonl
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of many attributions."""
+    parser = Parser(
+        prog="captum-llm-ext batch",
+        usage="%(prog)s PROMPTS --out FILE [options]",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+    )
+    parser.add_argument("prompts", help="a JSONL file")
+    parser.add_argument(
+        "--out", required=True, metavar="FILE", help="a new file, .jsonl or .parquet"
+    )
+    add_model_arguments(parser)
+    add_input_arguments(parser)
+    add_method_arguments(parser)
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Load the model, attribute all prompts, and tell how many have a result."""
+    options = explain_options(arguments) | given(arguments, ("target", "seed"))
+    model, tokenizer = loaded(arguments)
+    report = batch(
+        model,
+        tokenizer,
+        arguments.prompts,
+        arguments.out,
+        method=arguments.method,
+        layers=layers(arguments),
+        by=arguments.by,
+        roles=arguments.roles,
+        show_progress=sys.stderr.isatty(),
+        **options,
+    )
+    print(f"captum-llm-ext: {_told(report, arguments.out)}", file=sys.stderr)
+
+
+def _told(report: BatchReport, out: str) -> str:
+    counts = f"{report.n_results} results, {report.n_errors} errors"
+    if report.n_left:
+        return f"{counts}; {report.n_left} left to other processes"
+    return f"wrote {out}: {counts}"

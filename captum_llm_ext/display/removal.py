@@ -1,0 +1,94 @@
+"""Curves of the score while features are removed, and measures of several methods as bars."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from captum_llm_ext.display.figures import LABEL_SIZE, label_style, open_figure, widest
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Values = npt.NDArray[np.float64]
+
+# Safe for colour-blind readers (Okabe and Ito); red and blue are taken by the sign.
+_COLORS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7")
+_BAR_HEIGHT = 0.2  # inches
+
+
+def draw_removal_curves(
+    shares: Values,
+    curves: Mapping[str, Values],
+    random: Mapping[str, Values],
+    ax: Axes | None = None,
+) -> tuple[Figure, Axes]:
+    """A curve of each name, dashed random order's mean, and its standard deviation as a band.
+
+    Args:
+        shares: (n_points,) of the features, from 0 to 1.
+        curves: name → (n_points,) scores.
+        random: name → (n_random, n_points) scores.
+        ax: axes to draw into; None (default) for a new figure.
+    """
+    figure, ax = open_figure(ax, 6.4, 4.4)
+    for (name, curve), color in zip(curves.items(), _COLORS, strict=False):
+        mean, spread = random[name].mean(0), random[name].std(0)
+        ax.fill_between(shares, mean - spread, mean + spread, color=color, alpha=0.15, linewidth=0)
+        ax.plot(shares, mean, color=color, linestyle="--", label=f"{name}, random order")
+        ax.plot(shares, curve, color=color, marker="o", markersize=3, label=name)
+    ax.set_xlabel("share of the features removed (deletion) or put in (insertion)")
+    ax.set_ylabel("score of the target")
+    ax.spines[["right", "top"]].set_visible(False)
+    ax.legend(frameon=False, fontsize=LABEL_SIZE)
+    return figure, ax
+
+
+def draw_measures(
+    methods: Sequence[str],
+    means: Mapping[str, Values],
+    intervals: Mapping[str, Values],
+    label: str,
+    ax: Axes | None = None,
+) -> tuple[Figure, Axes]:
+    """Groups of horizontal bars, a group for each method and a bar for each measure.
+
+    Args:
+        methods: names, the first on top.
+        means: measure → (n_methods,).
+        intervals: measure → (n_methods, 2) ends of the confidence intervals.
+        label: what the values are.
+        ax: axes to draw into; None (default) for a new figure.
+    """
+    height = len(methods) * (len(means) * _BAR_HEIGHT + 0.15) + 1.2
+    figure, ax = open_figure(ax, 4.8 + widest(methods), height)
+    thickness, places = 0.8 / len(means), np.arange(len(methods))
+    for i, (name, values) in enumerate(means.items()):
+        low, high = intervals[name].T
+        ax.barh(
+            places + (i - (len(means) - 1) / 2) * thickness,
+            values,
+            thickness,
+            xerr=np.stack([values - low, high - values]),
+            color=_COLORS[i % len(_COLORS)],
+            ecolor="#444444",
+            error_kw={"elinewidth": 1.0, "capsize": 2.0},
+            label=name,
+        )
+    ax.axvline(0.0, color="black", linewidth=0.8)
+    ax.set_yticks(places, labels=list(methods), fontsize=LABEL_SIZE, **label_style())
+    ax.invert_yaxis()
+    ax.set_xlabel(label, fontsize=LABEL_SIZE)
+    ax.spines[["right", "top"]].set_visible(False)
+    ax.legend(
+        frameon=False,
+        fontsize=LABEL_SIZE,
+        loc="upper left",
+        bbox_to_anchor=(0.0, -0.12 * 4.8 / height),
+        ncols=len(means),
+    )
+    return figure, ax

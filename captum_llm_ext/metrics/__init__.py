@@ -1,0 +1,13 @@
+"""Is an attribution faithful? Remove what it calls important, and see whether the score falls."""
+
+from captum_llm_ext.metrics.comparison import MethodComparison, compare_methods
+from captum_llm_ext.metrics.curves import RemovalCurves
+from captum_llm_ext.metrics.faithfulness import Faithfulness, faithfulness
+
+__all__ = [
+    "Faithfulness",
+    "MethodComparison",
+    "RemovalCurves",
+    "compare_methods",
+    "faithfulness",
+]

@@ -1,0 +1,294 @@
+"""Several methods on several prompts: which ones are faithful, and how sure that is."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import torch
+from captum.attr import LLMAttributionResult as CaptumLLMAttributionResult
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from captum_llm_ext.baselines import BaselineSpec
+from captum_llm_ext.checks import check_counts
+from captum_llm_ext.coalitions import Coalitions
+from captum_llm_ext.compat import CaptumTextTokenInput, InterpretableInput
+from captum_llm_ext.display import draw_measures
+from captum_llm_ext.explain import GRADIENT_METHODS, METHODS, Prompt, as_input, explain
+from captum_llm_ext.metrics.curves import FRACTIONS, MEASURES
+from captum_llm_ext.metrics.faithfulness import Faithfulness
+from captum_llm_ext.metrics.removal import MOST_STEPS, Removal, feature_attr, open_coalitions
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+
+Attribute: TypeAlias = Callable[
+    [nn.Module, Any, InterpretableInput, Tensor], CaptumLLMAttributionResult
+]
+Method: TypeAlias = str | tuple[str, Mapping[str, Any]] | Attribute
+
+DEFAULT_METHODS: tuple[Method, ...] = ("saliency", "gradxact", "ig", "ablation")
+
+
+@dataclass(frozen=True)
+class MethodComparison:
+    """The faithfulness of several methods on several prompts.
+
+    Attributes:
+        prompts: a row per prompt and method (columns "prompt" and "method"): each measure's value
+            and its "… over random" (see `Faithfulness.over_random`), in units of the score, and
+            the wall-clock "seconds" of the attribution.
+        table: a row per method, the most faithful on deletion first; for each measure over random
+            the columns "mean", "low" and "high", the ends of the bootstrap confidence interval of
+            the mean over prompts; and the mean "seconds".
+    """
+
+    prompts: DataFrame
+    table: DataFrame
+
+    @classmethod
+    def of(
+        cls,
+        prompts: DataFrame,
+        n_bootstrap: int = 2000,
+        confidence: float = 0.95,
+        generator: torch.Generator | None = None,
+    ) -> MethodComparison:
+        """The comparison of rows per prompt and method, also of several runs put together.
+
+        Args:
+            prompts: as the attribute; names in "prompt" tell the prompts apart.
+            n_bootstrap, confidence, generator: as in `compare_methods`.
+
+        Raises:
+            ValueError: a prompt lacks a method, or has it twice.
+        """
+        from pandas import DataFrame
+
+        _check_bootstrap(n_bootstrap, confidence)
+        n_prompts, n_methods = prompts["prompt"].nunique(), prompts["method"].nunique()
+        if n_prompts * n_methods != len(prompts) or prompts.duplicated(["prompt", "method"]).any():
+            raise ValueError(
+                f"expected a row for each of {n_methods} methods on each of {n_prompts} prompts, "
+                f"got {len(prompts)} rows"
+            )
+        generator = generator or torch.Generator().manual_seed(0)
+        drawn = torch.randint(n_prompts, (n_bootstrap, n_prompts), generator=generator).numpy()
+        tails = [(1 - confidence) / 2, (1 + confidence) / 2]
+        columns: dict[tuple[str, str], Any] = {}
+        for measure in MEASURES:
+            over = prompts.pivot(index="prompt", columns="method", values=f"{measure} over random")
+            ends = np.quantile(over.to_numpy()[drawn].mean(1), tails, axis=0)
+            columns[measure, "mean"] = over.mean()
+            columns[measure, "low"], columns[measure, "high"] = (
+                dict(zip(over.columns, end, strict=True)) for end in ends
+            )
+        columns["seconds", "mean"] = prompts.groupby("method")["seconds"].mean()
+        table = DataFrame(columns).sort_values(("deletion", "mean"), ascending=False)
+        return cls(prompts, table)
+
+    def plot(
+        self, measures: Sequence[str] = ("deletion", "insertion"), ax: Axes | None = None
+    ) -> tuple[Figure, Axes]:
+        """Bars with confidence intervals: what each method has over random order.
+
+        Args:
+            measures: any of "deletion", "insertion", "comprehensiveness" and "sufficiency".
+            ax: axes to draw into; None (default) for a new figure.
+        """
+        if not measures or set(measures) - set(MEASURES):
+            raise ValueError(f"measures must be among {', '.join(MEASURES)}; got {measures!r}")
+        return draw_measures(
+            [str(name) for name in self.table.index],
+            {name: self.table[name, "mean"].to_numpy() for name in measures},
+            {name: self.table[name][["low", "high"]].to_numpy() for name in measures},
+            "over random order, in units of the score",
+            ax,
+        )
+
+
+def compare_methods(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    methods: Sequence[Method] | Mapping[str, Method] = DEFAULT_METHODS,
+    targets: Sequence[str | Tensor | None] | None = None,
+    *,
+    gen_args: dict[str, Any] | None = None,
+    baselines: BaselineSpec = None,
+    attr_target: str = "log_prob",
+    absolute: bool = False,
+    fractions: Sequence[float] = FRACTIONS,
+    n_steps: int = MOST_STEPS,
+    n_random: int = 10,
+    n_bootstrap: int = 2000,
+    confidence: float = 0.95,
+    generator: torch.Generator | None = None,
+    internal_batch_size: int | None = None,
+    show_progress: bool = False,
+) -> MethodComparison:
+    """Compare attribution methods by deletion, insertion, comprehensiveness and sufficiency.
+
+    Every method explains every prompt for the same target, and is judged against the same random
+    orders; each distinct prompt is scored once for all methods. Means over prompts are of values
+    in units of the score, so give the targets about the same length.
+
+    Args:
+        model: a causal language model.
+        tokenizer: the model's tokenizer.
+        prompts: strings, lists of messages or interpretable inputs, as `explain` takes them.
+        methods: names that `explain` knows, pairs of a name and its options such as
+            ``("ig", {"n_steps": 20})``, or functions ``(model, tokenizer, inp, target_ids)`` that
+            return a result; a mapping gives them names of your own. Gradient methods attribute
+            the sequence alone, unless their options say otherwise.
+        targets: of each prompt; None, in the list or for all, is what the model generates.
+        gen_args: arguments of ``model.generate``. Default: greedy, 25 new tokens.
+        baselines: of token inputs, in the methods (unless their options name one) and when
+            features are removed. Default: each input's own.
+        attr_target, absolute, fractions, n_steps, n_random, internal_batch_size: as in
+            `faithfulness`. The methods always attribute log p.
+        n_bootstrap: resamples of the prompts, the same for all methods.
+        confidence: of the intervals.
+        generator: draws random orders and resamples. Default: one with seed 0.
+        show_progress: show a progress bar.
+
+    Returns:
+        A `MethodComparison` with two tables and a plot.
+
+    Raises:
+        ImportError: pandas is missing (the extra ``export``).
+        ValueError: no prompts or methods, an unknown method, or numbers without a meaning.
+
+    Example::
+
+        >>> compared = compare_methods(model, tokenizer, ["The capital of France is"] * 2,
+        ...                            ["saliency", ("ig", {"n_steps": 20}), "ablation"])
+        >>> list(compared.table.columns.get_level_values(0).unique())[:2]
+        ['deletion', 'insertion']
+    """
+    _check_for_pandas()
+    _check_bootstrap(n_bootstrap, confidence)
+    named = _named(methods, baselines)
+    removal = Removal(absolute, fractions, n_steps, n_random)
+    generator = generator or torch.Generator().manual_seed(0)
+    rows: list[dict[str, Any]] = []
+    pairs = list(zip(prompts, _targets(prompts, targets), strict=True))
+    for number, (prompt, target) in enumerate(tqdm(pairs, disable=not show_progress)):
+        inp = as_input(prompt, tokenizer)
+        asked = open_coalitions(
+            model,
+            tokenizer,
+            inp,
+            target,
+            baselines if isinstance(inp, CaptumTextTokenInput) else None,
+            rows=internal_batch_size,
+            gen_args=gen_args if target is None else None,
+            attr_target=attr_target,
+        )
+        judged = _judged(model, tokenizer, inp, asked, named, removal, generator)
+        rows += [{"prompt": number, **row} for row in judged]
+    import pandas
+
+    return MethodComparison.of(pandas.DataFrame(rows), n_bootstrap, confidence, generator)
+
+
+def _judged(
+    model: nn.Module,
+    tokenizer: Any,
+    inp: InterpretableInput,
+    asked: Coalitions,
+    methods: Mapping[str, Attribute],
+    removal: Removal,
+    generator: torch.Generator,
+) -> Iterator[dict[str, Any]]:
+    """A row of each method: its measures and its seconds."""
+    attributions, seconds = [], []
+    for method in methods.values():
+        start = time.perf_counter()
+        result = method(model, tokenizer, inp, asked.scorer.target.ids.clone())
+        seconds.append(time.perf_counter() - start)
+        attributions.append(feature_attr(result, asked))
+    curves, random = removal.curves(asked, attributions, generator)
+    for i, name in enumerate(methods):
+        judged = Faithfulness(curves[i : i + 1], random)
+        yield {"method": name, **_row(judged), "seconds": seconds[i]}
+
+
+def _named(
+    methods: Sequence[Method] | Mapping[str, Method], baselines: BaselineSpec
+) -> dict[str, Attribute]:
+    """Name → function; without names of the caller's own, the method's with its options."""
+    if not isinstance(methods, Mapping):
+        names = [_name(method) for method in methods]
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"methods must differ, got {', '.join(repeated)} more than once")
+        methods = dict(zip(names, methods, strict=True))
+    if not methods:
+        raise ValueError("expected at least one method, got none")
+    return {name: _as_function(method, baselines) for name, method in methods.items()}
+
+
+def _name(method: Method) -> str:
+    if isinstance(method, str):
+        return method
+    if callable(method):
+        return str(getattr(method, "__name__", type(method).__name__))
+    name, options = method
+    return " ".join([name, *(f"{key}={value}" for key, value in options.items())])
+
+
+def _as_function(method: Method, baselines: BaselineSpec) -> Attribute:
+    if callable(method):
+        return method
+    name, given = (method, {}) if isinstance(method, str) else method
+    if name not in METHODS:
+        raise ValueError(f"expected a method among {', '.join(METHODS)}; got {name!r}")
+
+    def attribute(
+        model: nn.Module, tokenizer: Any, inp: InterpretableInput, target: Tensor
+    ) -> CaptumLLMAttributionResult:
+        options: dict[str, Any] = dict(given)
+        if name in GRADIENT_METHODS:
+            options.setdefault("include_per_token_attr", False)
+        if baselines is not None and isinstance(inp, CaptumTextTokenInput):
+            options.setdefault("baselines", baselines)
+        return explain(model, tokenizer, inp, target, name, **options)
+
+    return attribute
+
+
+def _targets(
+    prompts: Sequence[Prompt], targets: Sequence[str | Tensor | None] | None
+) -> Sequence[str | Tensor | None]:
+    if isinstance(prompts, str) or not len(prompts):
+        raise ValueError(f"expected a list of at least one prompt, got {prompts!r}")
+    if targets is None:
+        return [None] * len(prompts)
+    if isinstance(targets, str) or len(targets) != len(prompts):
+        raise ValueError(f"expected a target for each of {len(prompts)} prompts, got {targets!r}")
+    return targets
+
+
+def _row(judged: Faithfulness) -> dict[str, float]:
+    over = {f"{name} over random": value for name, value in judged.over_random().items()}
+    return {name: one["value"] for name, one in judged.summary().items()} | over
+
+
+def _check_for_pandas() -> None:
+    if importlib.util.find_spec("pandas") is None:
+        raise ImportError(
+            "compare_methods needs pandas: pip install 'captum-llm-ext[export]'", name="pandas"
+        )
+
+
+def _check_bootstrap(n_bootstrap: int, confidence: float) -> None:
+    check_counts(n_bootstrap=n_bootstrap)
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must be between 0 and 1, got {confidence}")
