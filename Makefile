@@ -12,7 +12,7 @@ export OMP_NUM_THREADS := $(THREADS)
 DAVE := Dave lives in Palm Coast, FL and is a lawyer. His personal interests include
 GOLF := playing golf, hiking, and spending time with his family and friends.
 
-.PHONY: help install demo test lint format docs bench clean
+.PHONY: help install demo test lint format docs bench dist versions clean
 
 help:
 	@echo "make demo   which words of a prompt made the small real model say what it said"
@@ -21,6 +21,8 @@ help:
 	@echo "make format put the formatting right"
 	@echo "make docs   the documentation as pages, in site/"
 	@echo "make bench  timings against Captum"
+	@echo "make dist   wheel and sdist; the wheel tried in an empty environment (gigabytes)"
+	@echo "make versions  the tests with the lowest and the newest versions allowed (gigabytes)"
 	@echo "make clean  delete .venv and everything generated"
 
 install: $(STAMP)
@@ -68,5 +70,15 @@ bench: $(STAMP)
 	@echo "== 4, 8 and 16 bits against float32"
 	$(BIN)/python -m tests.benchmarks.quantization
 
+dist: $(STAMP)
+	@echo "== building the wheel and the sdist, and trying the wheel in an empty environment"
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/python -m tests.release.check_wheel
+
+versions: $(STAMP)
+	@echo "== running the tests with the lowest and with the newest versions allowed"
+	$(BIN)/python -m tests.release.versions
+
 clean:
-	rm -rf $(VENV) build dist demo site .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .versions build dist demo site .mypy_cache .pytest_cache .ruff_cache .hypothesis

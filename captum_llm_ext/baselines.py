@@ -1,8 +1,12 @@
-"""Baselines: what stands in place of an absent feature, as token ids or as embeddings."""
+"""Baselines: what stands in place of an absent feature, as token ids or as embeddings.
+
+A new baseline of embeddings is one function and one line in `EMBEDDING_BASELINES`; of tokens, a
+case in `baseline_ids`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any
@@ -14,8 +18,6 @@ from captum_llm_ext.compat import InterpretableInput
 from captum_llm_ext.model_parts import embedded, known_token_embedding, token_embedding
 
 SPECIAL_BASELINES = ("pad", "eos", "unk")
-EMBEDDING_BASELINES = ("zero", "mean")
-
 NEAREST = "nearest"
 
 BaselineSpec = int | str | tuple[str, int] | Tensor | None
@@ -31,6 +33,24 @@ class PathStart:
     ids: Tensor
     replaced: Tensor
     embeddings: Tensor | None = None
+
+
+def _zero(model: nn.Module) -> Tensor:
+    return torch.zeros_like(embedded(torch.tensor(0), model))
+
+
+def _mean(model: nn.Module) -> Tensor:
+    """Over the vocabulary, as the model embeds it."""
+    size = token_embedding(model).weight.size(0)  # type: ignore[operator]
+    chunks = torch.arange(size).split(8192)
+    return torch.stack([embedded(chunk, model).sum(0) for chunk in chunks]).sum(0) / size
+
+
+EMBEDDING_BASELINES: dict[str, Callable[[nn.Module], Tensor]] = {
+    # name: the embedding (hidden,) that stands for every absent token
+    "zero": _zero,
+    "mean": _mean,
+}
 
 
 def path_start(
@@ -57,7 +77,7 @@ def _start_at(
         absent = baseline_ids(baselines, ids[0], replaced, tokenizer, model)
         return PathStart(torch.where(replaced, absent, ids), replaced)
     if isinstance(baselines, str):
-        baselines = _named_embedding(baselines, model)
+        baselines = EMBEDDING_BASELINES[baselines](model)
     if not isinstance(baselines, Tensor):
         raise TypeError(f"expected a tensor of embeddings, got {type(baselines).__name__}")
     width = token_embedding(model).weight.size(1)  # type: ignore[operator]
@@ -194,24 +214,20 @@ def token_id(name: str, tokenizer: Any) -> int:
     if found is None or (found == getattr(tokenizer, "unk_token_id", None) and name != unknown):
         raise ValueError(
             f"{name!r} is not a token of the vocabulary: expected a token id or string, and as a "
-            f"baseline also one of {', '.join(SPECIAL_BASELINES + EMBEDDING_BASELINES)}"
+            f"baseline also one of {', '.join((*SPECIAL_BASELINES, *EMBEDDING_BASELINES))}"
         )
     return int(found)
+
+
+def token_ids(tokens: Sequence[int] | Sequence[str] | None, tokenizer: Any) -> list[int]:
+    """The ids of tokens given as ids or strings; none for None."""
+    return [token_id(t, tokenizer) if isinstance(t, str) else t for t in tokens or ()]
 
 
 def _check_id(token: int, model: nn.Module) -> None:
     size = getattr(known_token_embedding(model), "num_embeddings", None)
     if token < 0 or (size is not None and token >= size):
         raise ValueError(f"the baseline ids must be in the vocabulary of {size}, got {token}")
-
-
-def _named_embedding(name: str, model: nn.Module) -> Tensor:
-    """The zero vector, or the mean of all token embeddings, (hidden,), as the model embeds them."""
-    size = token_embedding(model).weight.size(0)  # type: ignore[operator]
-    chunks = torch.arange(size).split(8192)
-    if name == "zero":
-        return torch.zeros_like(embedded(chunks[0][0], model))
-    return torch.stack([embedded(chunk, model).sum(0) for chunk in chunks]).sum(0) / size
 
 
 def _per_position(values: Tensor, replaced: Tensor, value_dims: int) -> Tensor:

@@ -56,6 +56,7 @@ from captum_llm_ext.result import LLMAttributionResult
 from captum_llm_ext.targets import (
     GRADIENT_TARGETS,
     check_attr_target,
+    without_tokens,
 )
 from captum_llm_ext.tasks import Request, task_of
 from captum_llm_ext.totals import LayerTotal, Plan
@@ -120,6 +121,7 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
         include_generated: bool = False,
         include_hidden_attr: bool = False,
         contrast_target: str | Tensor | None = None,
+        skip_tokens: Sequence[int] | Sequence[str] | None = None,
         num_trials: int = 1,
         show_progress: bool = False,
         internal_batch_size: int | None = None,
@@ -163,6 +165,8 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
                 LayerSaliency: the gradient), (n_output, n_input, hidden).
             contrast_target: attribute score(target) − score(contrast) instead, at the same places
                 and after the target's own tokens; as many tokens as the target, or one.
+            skip_tokens: ids or strings of tokens to leave out of a given target, as in Captum 0.8
+                (a string is encoded without special tokens in any case).
             num_trials: average over so many runs of a method or baseline that draws at random.
             show_progress: show a progress bar.
             internal_batch_size: rows (path points) per pass. Default: chosen for the device and
@@ -211,6 +215,7 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
             warn_of_dropout(self.model)
             device = input_device(self.model, self.device)
             features = read_features(inp, self.tokenizer, device)
+            target = without_tokens(self.tokenizer, target, skip_tokens)
             request = Request(target, gen_args, contrast_target, self.attr_target)
             task = task_of(self.model)
             forcing = task.forcing(self.model, self.tokenizer, features.prompt_ids, request)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import copy, deepcopy
 from typing import Any
 
@@ -38,6 +38,7 @@ from captum_llm_ext.result import LLMAttributionResult
 from captum_llm_ext.targets import (
     PERTURBATION_TARGETS,
     check_attr_target,
+    without_tokens,
 )
 from captum_llm_ext.tasks import task_of
 from captum_llm_ext.two_stage import TwoStageAblation
@@ -122,6 +123,7 @@ class LLMAttribution(CaptumLLMAttribution):
         *,
         baselines: BaselineSpec = None,
         contrast_target: str | Tensor | None = None,
+        skip_tokens: Sequence[int] | Sequence[str] | None = None,
         perturbations_per_eval: int = 1,
         internal_batch_size: int | None = None,
         reuse_prefix: bool = True,
@@ -147,6 +149,8 @@ class LLMAttribution(CaptumLLMAttribution):
                 "eos", "unk", "nearest", ("nearest", n) or a tensor of ids.
             contrast_target: attribute score(target) − score(contrast) instead, at the same places
                 and after the target's own tokens; as many tokens as the target, or one.
+            skip_tokens: ids or strings of tokens to leave out of a given target, as in Captum 0.8
+                (a string is encoded without special tokens in any case).
             perturbations_per_eval: accepted for Captum's sake; see `internal_batch_size`.
             internal_batch_size: prompts per pass. Default: chosen by their length.
             reuse_prefix: take what a prompt shares with the unperturbed one from the key/value
@@ -172,8 +176,8 @@ class LLMAttribution(CaptumLLMAttribution):
         if isinstance(inp, ImageMaskInput):
             if self.attr_target not in ("log_prob", "prob") or contrast_target is not None:
                 raise ValueError("an ImageMaskInput takes attr_target 'log_prob' or 'prob' alone")
-            if baselines is not None:
-                raise ValueError("the baseline of an ImageMaskInput belongs to the input itself")
+            if baselines is not None or skip_tokens:
+                raise ValueError("an ImageMaskInput has its own baseline and no skip_tokens")
             by_token = _inspect_forward is not None  # Captum inspects on that path alone
             return self._as_captum(
                 inp,
@@ -191,6 +195,7 @@ class LLMAttribution(CaptumLLMAttribution):
                 check_template(inp)
             inp = with_baselines(inp, baselines, self.model)
             task = task_of(self.model)
+            target = without_tokens(self.tokenizer, target, skip_tokens)
             asked_for = (target, gen_args, self.attr_target, contrast_target)
             forcing = teacher_forcing(self.model, self.tokenizer, inp, *asked_for)
             tokens = task.names(forcing, self.tokenizer)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from captum_llm_ext.baselines import token_ids
 from captum_llm_ext.compat import DEFAULT_GEN_ARGS, _convert_ids_to_pretty_tokens
 
 GRADIENT_TARGETS = ("log_prob", "prob", "logit")
@@ -123,6 +124,19 @@ def encode_target(tokenizer: Any, target: str | Tensor | Sequence[int]) -> Tenso
             f"target must be a 1-D tensor of token ids, got shape {tuple(ids.shape)} of {ids.dtype}"
         )
     return _checked(ids.long(), "the target is empty")
+
+
+def without_tokens(
+    tokenizer: Any,
+    target: str | Tensor | None,
+    skip_tokens: Sequence[int] | Sequence[str] | None,
+) -> str | Tensor | None:
+    """A target that is given, without some tokens: `skip_tokens`, ids or strings."""
+    if target is None or not skip_tokens:
+        return target
+    ids = encode_target(tokenizer, target)
+    skipped = torch.tensor(token_ids(skip_tokens, tokenizer), device=ids.device)
+    return _checked(ids[~torch.isin(ids, skipped)], "all tokens of the target are skipped")
 
 
 def contrast_ids(

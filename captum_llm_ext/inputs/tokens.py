@@ -14,6 +14,7 @@ from captum_llm_ext.baselines import (
     needs_model,
     own_baseline,
     token_id,
+    token_ids,
 )
 from captum_llm_ext.compat import CaptumTextTokenInput, InterpretableInput
 
@@ -50,8 +51,7 @@ class TextTokenInput(CaptumTextTokenInput):
         if not isinstance(baselines, int) and needs_model(baselines):
             self.named_baseline, baselines = baselines, 0
         baseline = token_id(baselines, tokenizer) if isinstance(baselines, str) else baselines
-        skip = [token_id(t, tokenizer) if isinstance(t, str) else t for t in skip_tokens or ()]
-        super().__init__(text, tokenizer, baseline, skip or None)
+        super().__init__(text, tokenizer, baseline, token_ids(skip_tokens, tokenizer) or None)
 
 
 def tokens_in_spans(text: str, spans: Sequence[tuple[int, int]], tokenizer: Any) -> TextTokenInput:
