@@ -17,6 +17,7 @@ from captum_llm_ext import (
     explain,
 )
 from captum_llm_ext.attention_hooks import configs, eager_attention
+from captum_llm_ext.cli import options
 from captum_llm_ext.compat import BaseLLMAttribution
 from tests.attention_oracles import bidirectional, family_model
 from tests.cases import prompt_input, target_ids
@@ -255,7 +256,7 @@ def test_heads_belong_to_attention(method: str) -> None:
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
     both = (tiny_model("llama"), tiny_tokenizer())
-    monkeypatch.setattr(cli, "load_demo_model", lambda: both)
+    monkeypatch.setattr(options, "load_demo_model", lambda: both)
 
     def run(*arguments: str) -> tuple[int, str, str]:
         code = cli.main([PROMPT, "--target", TARGET, "--no-color", *arguments])

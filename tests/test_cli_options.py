@@ -148,6 +148,7 @@ def test_no_keyword_is_forgotten():
         "show_progress": "on a terminal",
         "return_convergence_delta": "always there",
         "grad_kwargs": "of torch.autograd.grad",
+        "skip_tokens": "of a given target, which is written without them",
         "use_cached_outputs": "without effect",
         "forward_in_tokens": "without effect",
         "perturbations_per_eval": "without effect",

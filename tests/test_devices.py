@@ -34,8 +34,9 @@ from captum_llm_ext import (
     hooks,
     model_pass,
     path_walk,
-    perturbation,
+    places,
     prompts,
+    tasks,
 )
 from captum_llm_ext.baselines import PathStart
 from captum_llm_ext.inputs import Features
@@ -105,10 +106,12 @@ def valueless(monkeypatch: Any) -> Iterator[nn.Module]:
     """A model on the meta device; what reads values is told what it would find."""
     monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
     monkeypatch.setattr(gradient, "check_ids", lambda forcing: None)
-    monkeypatch.setattr(perturbation, "check_ids", lambda forcing: None)
+    monkeypatch.setattr(coalitions, "check_ids", lambda forcing: None)
     monkeypatch.setattr(checks, "check_finite", lambda probe: None)
     monkeypatch.setattr(model_pass.Pass, "is_causal", lambda scored: True)
-    monkeypatch.setattr(hooks, "_is_ids", lambda tensor, ids: tensor.shape == ids.shape)
+    monkeypatch.setattr(places, "_check_features", lambda site, columns: None)
+    monkeypatch.setattr(path_walk.PathWalk, "note", lambda walk, alphas, scored: None)
+    monkeypatch.setattr(hooks, "is_ids", lambda tensor, ids: tensor.shape == ids.shape)
     monkeypatch.setattr(path_walk.PathWalk, "_is_models_own", lambda walk, scored: True)
     monkeypatch.setattr(Features, "n_columns", property(lambda features: len(features.names)))
     monkeypatch.setattr(Features, "first", 0)
@@ -119,9 +122,12 @@ def valueless(monkeypatch: Any) -> Iterator[nn.Module]:
     monkeypatch.setattr(prompts, "_shared", lambda prompt, reference: 4)
     monkeypatch.setattr(prompts, "_with_reference", lambda many, own: ([*many, own], len(many)))
     monkeypatch.setattr(prompts.PromptScorer, "_agrees", lambda scorer, found: True)
-    for module in (gradient, perturbation):
-        monkeypatch.setattr(module, "output_tokens", lambda ids, tokenizer: ["?"] * len(ids))
-    monkeypatch.setattr(LLMGradientAttribution, "_result", lambda wrapper, totals, *rest: totals)
+    monkeypatch.setattr(tasks, "output_tokens", lambda ids, tokenizer: ["?"] * len(ids))
+    monkeypatch.setattr(
+        LLMGradientAttribution,
+        "_result",
+        lambda wrapper, job, totals, *rest: {site: totals[site] for site in job.sites},
+    )
     with OneDevice():
         yield tiny_model("llama", fresh=True).to("meta")
 
