@@ -19,7 +19,14 @@ from captum_llm_ext.checks import check_counts
 from captum_llm_ext.coalitions import Coalitions
 from captum_llm_ext.compat import CaptumTextTokenInput, InterpretableInput
 from captum_llm_ext.display import draw_measures
-from captum_llm_ext.explain import GRADIENT_METHODS, METHODS, Prompt, _as_input, explain
+from captum_llm_ext.explain import (
+    GRADIENT_METHODS,
+    METHODS,
+    READOUT_METHODS,
+    Prompt,
+    _as_input,
+    explain,
+)
 from captum_llm_ext.metrics.curves import FRACTIONS, MEASURES
 from captum_llm_ext.metrics.faithfulness import Faithfulness
 from captum_llm_ext.metrics.removal import MOST_STEPS, Removal, feature_attr, open_coalitions
@@ -213,7 +220,8 @@ def _as_function(method: Method, baselines: BaselineSpec) -> Attribute:
         options: dict[str, Any] = dict(given)
         if name in GRADIENT_METHODS:
             options.setdefault("include_per_token_attr", False)
-        if baselines is not None and isinstance(inp, CaptumTextTokenInput):
+        takes_baselines = name not in READOUT_METHODS and isinstance(inp, CaptumTextTokenInput)
+        if baselines is not None and takes_baselines:
             options.setdefault("baselines", baselines)
         return explain(model, tokenizer, inp, target, name, **options)
 
