@@ -138,6 +138,13 @@ def test_one_baseline_for_methods_and_removal() -> None:
     assert other.table.index.tolist() == ["ablation baselines=3"]
 
 
+def test_a_baseline_beside_a_method_that_has_none() -> None:
+    found = compared(["attention", "ablation"], baselines=9)
+    expected = compared(["ablation"], baselines=9)
+    rows = found.prompts[found.prompts["method"] == "ablation"]
+    assert rows["deletion"].tolist() == expected.prompts["deletion"].tolist()
+
+
 def test_plot_has_a_bar_for_each_method_and_measure() -> None:
     found = compared(["saliency", "ablation"])
     ax: Any = found.plot()[1]
