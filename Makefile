@@ -12,7 +12,7 @@ export OMP_NUM_THREADS := $(THREADS)
 DAVE := Dave lives in Palm Coast, FL and is a lawyer. His personal interests include
 GOLF := playing golf, hiking, and spending time with his family and friends.
 
-.PHONY: help install demo test lint format bench clean
+.PHONY: help install demo test lint format bench bench-peers clean
 
 help:
 	@echo "make demo   which words of a prompt made the small real model say what it said"
@@ -20,6 +20,7 @@ help:
 	@echo "make lint   style, formatting and types"
 	@echo "make format put the formatting right"
 	@echo "make bench  timings against Captum"
+	@echo "make bench-peers  the same work by Captum, inseq and interpreto"
 	@echo "make clean  delete .venv and everything generated"
 
 install: $(STAMP)
@@ -60,6 +61,10 @@ bench: $(STAMP)
 	$(BIN)/python -m tests.benchmarks.perturbations
 	$(BIN)/python -m tests.benchmarks.prefixes
 	$(BIN)/python -m tests.benchmarks.forward
+
+bench-peers: $(STAMP)
+	@echo "== the same work by four libraries: about 15 minutes on a machine that does nothing else"
+	$(BIN)/python -m tests.benchmarks.peers
 
 clean:
 	rm -rf $(VENV) build dist demo .mypy_cache .pytest_cache .ruff_cache .hypothesis
