@@ -51,7 +51,7 @@ def ends(question: Question, token: int, whole_prefix: bool) -> tuple[Tensor, Te
     ids = torch.cat([question.prompt_ids, question.target_ids[:token]])
     start = ids.clone()
     start[: None if whole_prefix else len(question.prompt_ids)] = BASELINE_ID
-    return question.embedding(start), question.embedding(ids)
+    return question.embedding(start).detach(), question.embedding(ids).detach()
 
 
 def gradients_at(

@@ -43,7 +43,7 @@ def core_integrated_gradients(question: Question) -> Run:
     )
     ids = question.prompt_ids[None]
     return Run(
-        settings="core class, own forward function, 20 steps",
+        settings="core class, own forward function, 10 steps",
         call=lambda: method.attribute(
             ids, torch.full_like(ids, BASELINE_ID), n_steps=question.n_steps
         ),
@@ -64,7 +64,7 @@ def layers_at_once(question: Question) -> Run:
 def layers_one_at_a_time(question: Question) -> Run:
     sampled = question.layers(SAMPLED_BLOCKS)
     scale = (len(question.layers()) - 1) / len(sampled)
-    return _layers(question, "a call for each layer (estimated from 12 layers)", sampled, scale)
+    return _layers(question, "a call for each layer (estimated from 4 layers)", sampled, scale)
 
 
 def _layers(question: Question, settings: str, layers: list[Any], scale: float) -> Run:
@@ -123,7 +123,7 @@ WORKS = {
     "error/stated": integrated_gradients(
         "return_convergence_delta=True", return_convergence_delta=True
     ),
-    "tokens": integrated_gradients("20 steps"),
+    "tokens": integrated_gradients("10 steps"),
     "sequence": core_integrated_gradients,
     "layers/list": layers_at_once,
     "layers/each": layers_one_at_a_time,

@@ -63,7 +63,7 @@ def layers_at_once(question: Question) -> Run:
 def layers_one_at_a_time(question: Question) -> Run:
     sampled = question.layer_names(SAMPLED_BLOCKS)
     scale = (len(question.layers()) - 1) / len(sampled)
-    return _layers(question, "a call for each layer (estimated from 12 layers)", sampled, scale)
+    return _layers(question, "a call for each layer (estimated from 4 layers)", sampled, scale)
 
 
 def _layers(question: Question, settings: str, layers: list[Any], scale: float) -> Run:
@@ -90,7 +90,7 @@ WORKS = {
     "error/500": integrated_gradients(
         "500 steps, return_convergence_delta=True", n_steps=500, internal_batch_size=50, **DELTA
     ),
-    "tokens/prefix": integrated_gradients("20 steps"),
+    "tokens/prefix": integrated_gradients("10 steps"),
     "layers/list": layers_at_once,
     "layers/each": layers_one_at_a_time,
     "ablation/absolute": ablation,

@@ -60,12 +60,12 @@ def ablation(question: Question) -> Run:
 WORKS = {
     "error/50": integrated_gradients("50 steps"),
     "error/adaptive": integrated_gradients("method='adaptive', tol=0.05", method="adaptive"),
-    "tokens": integrated_gradients("20 steps"),
+    "tokens": integrated_gradients("10 steps"),
     "tokens/prefix": integrated_gradients(
-        "20 steps, include_generated=True", include_generated=True
+        "10 steps, include_generated=True", include_generated=True
     ),
     "sequence": integrated_gradients(
-        "20 steps, include_per_token_attr=False", include_per_token_attr=False
+        "10 steps, include_per_token_attr=False", include_per_token_attr=False
     ),
     "layers": layers,
     "ablation": ablation,
