@@ -2,7 +2,8 @@
 
 Each library has a pinned environment of its own in the user's cache folder, made on the first call.
 The attributions are compared with plain loops of autograd (`oracle.py`). Writes
-results/peers.json and the tables of docs/peers.md; `… render` writes the page alone.
+results/peers.json and the tables of docs/peers.md. `python -m tests.benchmarks.peers inseq` runs
+inseq alone again and takes the others from the last run.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import venv
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from captum_llm_ext import load_demo_model
 from captum_llm_ext.models import DEMO_FOLDER, _cache_folder
@@ -25,6 +27,7 @@ from tests.benchmarks.peers.render import write_page
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
+ENVIRONMENTS = _cache_folder() / "bench-peers"
 # Environment and script of each; the oracle needs nothing but what Captum's has.
 SCRIPTS = {
     "oracle": ("captum", "oracle"),
@@ -37,7 +40,7 @@ SCRIPTS = {
 
 def environment(name: str) -> Path:
     """The interpreter of a library's environment, made anew where its pins have changed."""
-    folder = _cache_folder() / "bench-peers" / name
+    folder = ENVIRONMENTS / name
     pins = (HERE / f"{name}.txt").read_text()
     stamp = folder / ".pins"
     python = folder / "bin" / "python"
@@ -50,36 +53,44 @@ def environment(name: str) -> Path:
     return python
 
 
-def run_script(library: str, folder: Path) -> dict[str, Any]:
-    """{"versions": …, "rows": {work: figures}}, on one thread."""
+def run_script(library: str, folder: Path) -> None:
+    """Writes {"versions": …, "rows": {work: figures}} of a library, on one thread."""
     name, script = SCRIPTS[library]
     print(f"== {library}", flush=True)
-    with tempfile.TemporaryDirectory() as work:
-        out = Path(work) / "found.json"
-        module = f"tests.benchmarks.peers.{script}"
-        command = [str(environment(name)), "-m", module, str(folder), str(out)]
-        subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        return json.loads(out.read_text())
+    module = f"tests.benchmarks.peers.{script}"
+    command = [str(environment(name)), "-m", module, str(folder), str(found_at(library))]
+    subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
-def main() -> None:
-    if sys.argv[1:] != ["render"]:
-        load_demo_model()  # made where it is not there yet
-        folder = _cache_folder() / DEMO_FOLDER
-        found = {library: run_script(library, folder) for library in SCRIPTS}
-        oracle = found.pop("oracle")["rows"]
-        facts = machine_facts()
-        machine = {name: facts[name] for name in ("processor", "cores", "threads", "python")}
-        rows = [
-            {"library": library, "name": name, **compared(name, row, oracle)}
-            for library, one in found.items()
-            for name, row in one["rows"].items()
-        ]
-        versions = {library: one["versions"] for library, one in found.items()}
-        result = {"machine": machine, "versions": versions, "rows": rows}
-        (RESULTS / "peers.json").write_text(json.dumps(result, indent=2) + "\n")
+def found_at(library: str) -> Path:
+    return ENVIRONMENTS / f"{SCRIPTS[library][1]}.json"
+
+
+def result() -> dict[str, Any]:
+    """Of what the scripts have written: the machine, the versions, and a row for each work."""
+    found = {library: json.loads(found_at(library).read_text()) for library in SCRIPTS}
+    oracle = found.pop("oracle")["rows"]
+    facts = machine_facts()
+    rows = [
+        {"library": library, "name": name, **compared(name, row, oracle)}
+        for library, one in found.items()
+        for name, row in one["rows"].items()
+    ]
+    return {
+        "machine": {name: facts[name] for name in ("processor", "cores", "threads", "python")},
+        "versions": {library: one["versions"] for library, one in found.items()},
+        "rows": rows,
+    }
+
+
+def main(libraries: list[str]) -> None:
+    torch.set_num_threads(1)
+    load_demo_model()  # made where it is not there yet
+    for library in libraries:
+        run_script(library, _cache_folder() / DEMO_FOLDER)
+    (RESULTS / "peers.json").write_text(json.dumps(result(), indent=2) + "\n")
     print(f"written: {write_page()}")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:] or list(SCRIPTS))
