@@ -54,7 +54,7 @@ def cells(work: str, row: dict[str, Any], width: int) -> tuple[str, ...]:
     cost = (estimate + figure(row["cpu_s"]), figure(row["units"]), f"{row['peak_mb']:.0f}")
     head = (row["library"], row["settings"], *cost)
     if work != "error":
-        return (*head, f"{row['difference']:.1e}")
+        return (*head, f"{row['difference']:.0e}" if row["difference"] else "0")
     if "sum_error" not in row:
         return (*head, "no sign", "no sign", "no")
     stated = row["stated_error"]

@@ -90,7 +90,7 @@ WORKS = {
     "error/500": integrated_gradients(
         "500 steps, return_convergence_delta=True", n_steps=500, internal_batch_size=50, **DELTA
     ),
-    "tokens/prefix": integrated_gradients("10 steps"),
+    "tokens/prefix": integrated_gradients("10 steps; earlier target tokens move too"),
     "layers/list": layers_at_once,
     "layers/each": layers_one_at_a_time,
     "ablation/absolute": ablation,

@@ -62,7 +62,7 @@ def occlusion(question: Question) -> Occlusion:
 
 
 WORKS = {
-    "error/unsigned": run("50 points", integrated_gradients),
+    "error/unsigned": run("50 points; no sign", integrated_gradients),
     "error/stated": run("return_convergence_delta=True", with_delta),
     "tokens/unsigned": run("10 points; no sign", integrated_gradients),
     "layers/list": run("Saliency(layer=…)", saliency_of_layers),

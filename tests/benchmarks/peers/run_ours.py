@@ -62,7 +62,7 @@ WORKS = {
     "error/adaptive": integrated_gradients("method='adaptive', tol=0.05", method="adaptive"),
     "tokens": integrated_gradients("10 steps"),
     "tokens/prefix": integrated_gradients(
-        "10 steps, include_generated=True", include_generated=True
+        "10 steps, include_generated=True: earlier target tokens move too", include_generated=True
     ),
     "sequence": integrated_gradients(
         "10 steps, include_per_token_attr=False", include_per_token_attr=False
