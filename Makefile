@@ -12,7 +12,7 @@ export OMP_NUM_THREADS := $(THREADS)
 DAVE := Dave lives in Palm Coast, FL and is a lawyer. His personal interests include
 GOLF := playing golf, hiking, and spending time with his family and friends.
 
-.PHONY: help install demo test lint format docs bench dist versions clean
+.PHONY: help install demo test lint format docs bench bench-peers dist versions clean
 
 help:
 	@echo "make demo   which words of a prompt made the small real model say what it said"
@@ -21,6 +21,7 @@ help:
 	@echo "make format put the formatting right"
 	@echo "make docs   the documentation as pages, in site/"
 	@echo "make bench  timings against Captum"
+	@echo "make bench-peers  the same work by Captum, inseq and interpreto"
 	@echo "make dist   wheel and sdist; the wheel tried in an empty environment (gigabytes)"
 	@echo "make versions  the tests with the lowest and the newest versions allowed (gigabytes)"
 	@echo "make clean  delete .venv and everything generated"
@@ -79,6 +80,10 @@ dist: $(STAMP)
 versions: $(STAMP)
 	@echo "== running the tests with the lowest and with the newest versions allowed"
 	$(BIN)/python -m tests.release.versions
+
+bench-peers: $(STAMP)
+	@echo "== the same work by four libraries: about 15 minutes on a machine that does nothing else"
+	$(BIN)/python -m tests.benchmarks.peers
 
 clean:
 	rm -rf $(VENV) .versions build dist demo site .mypy_cache .pytest_cache .ruff_cache .hypothesis
