@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
+import pytest
 import torch
 import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 
 from tests.families import FAMILIES, VOCAB_SIZE, _model, layer_names, tiny_model
@@ -72,6 +75,22 @@ OTHER_FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "mamba": lambda: _model("Mamba", **_SMALL, state_size=4),
 }
 ALL_FAMILIES = {**FAMILIES, **OTHER_FAMILIES}
+
+# Families whose attention transformers gives only from a version on: what is missing before.
+FIRST_VERSION = {
+    "falcon": ("torch", "2.6", "masks that torch must combine"),
+    "falcon_alibi": ("torch", "2.6", "masks that torch must combine"),
+    "jamba": ("transformers", "5.8", "one kind of cache for all layers"),
+    "qwen3_next": ("transformers", "5.8", "one kind of cache for all layers"),
+    "gemma2": ("transformers", "5.21", "its soft cap in every attention but eager"),
+    "diffllama": ("transformers", "5.17", "weights that are given out"),
+}
+
+
+def skip_before_its_first_version(family: str) -> None:
+    package, first, what = FIRST_VERSION.get(family, ("torch", "0", ""))
+    if Version(version(package)) < Version(first):
+        pytest.skip(f"{family} needs {package} {first}: {what}")
 
 
 def family_model(family: str) -> nn.Module:

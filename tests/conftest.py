@@ -1,4 +1,4 @@
-"""One thread, and the small real model read once."""
+"""One thread, no deadlines, and the small real model read once."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 
 from captum_llm_ext import load_demo_model
 
 torch.set_num_threads(1)
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,13 @@ import torch
 
 from captum_llm_ext.attention_maps import LAYER_MAPS, rollouts
 from captum_llm_ext.result.attention import OVER_LAYERS
-from tests.attention_oracles import eager_weights, family_model, norms_by_hand, weights_by_hand
+from tests.attention_oracles import (
+    eager_weights,
+    family_model,
+    norms_by_hand,
+    skip_before_its_first_version,
+    weights_by_hand,
+)
 from tests.cases import target_ids
 from tests.families import FAMILIES, tiny_model
 from tests.test_attention import COUNT, fed, near, read
@@ -82,6 +88,7 @@ def test_value_norm_is_attention_times_the_norm_of_what_it_carries(family: str) 
 @pytest.mark.parametrize("family", [*FAMILIES, "gpt_oss", "jamba", "bloom", "gptj", "gpt_neo"])
 def test_value_norm_is_homogeneous_in_the_output_projection(family: str) -> None:
     """In the last layer, where nothing else depends on it; also for families not worked out."""
+    skip_before_its_first_version(family)
     model = FAMILIES[family]() if family in FAMILIES else family_model(family)
     before = read(model, reduction="value_norm").layer_token_attr[-1]
     names = ("o_proj", "out_proj", "dense", "c_proj", "attention.out_proj")
@@ -95,6 +102,7 @@ def test_value_norm_is_homogeneous_in_the_output_projection(family: str) -> None
 
 @pytest.mark.parametrize("family", ["qwen3_next", "bitnet", "diffllama"])
 def test_value_norm_is_refused_where_the_output_is_not_the_sum_of_values(family: str) -> None:
+    skip_before_its_first_version(family)
     model = family_model(family)
     with pytest.raises(ValueError, match=r"'value_norm' is not defined for .*Attention"):
         read(model, reduction="value_norm")

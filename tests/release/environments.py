@@ -31,7 +31,8 @@ class Environment:
 
     def __init__(self, folder: Path) -> None:
         self.bin = folder / "bin"
-        venv.create(folder, with_pip=True)
+        if not self.bin.exists():
+            venv.create(folder, with_pip=True, symlinks=True)
 
     def install(self, *arguments: str | Path) -> None:
         self.run("python", "-m", "pip", "install", "--quiet", *arguments)
