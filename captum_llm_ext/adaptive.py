@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from captum_llm_ext.layers import Site
-from captum_llm_ext.path import FIRST_INTERVALS, POINTS
+from captum_llm_ext.path import FIRST_INTERVALS, NEAR_START, POINTS
 from captum_llm_ext.path_walk import PathWalk
 from captum_llm_ext.totals import LayerTotal
 
@@ -46,7 +46,7 @@ def walk_adaptively(path: PathWalk, totals: Mapping[Site, LayerTotal]) -> None:
     whichever is larger.
     """
     tolerance, budget = path.rule.tolerance or 0.0, path.rule.max_rows
-    edges = torch.linspace(0, 1, FIRST_INTERVALS + 1)
+    edges = _first_edges(path)
     scores = path.scores(edges)
     intervals = _measure(path, totals, list(pairwise(edges.tolist())), list(pairwise(scores)))
     n_rows = POINTS * len(intervals)
@@ -62,6 +62,13 @@ def walk_adaptively(path: PathWalk, totals: Mapping[Site, LayerTotal]) -> None:
         n_rows += POINTS * len(halves)
         intervals = [x for i, x in enumerate(intervals) if i not in worst] + halves
     _add_up(path, totals, intervals, n_rows, converged)
+
+
+def _first_edges(path: PathWalk) -> Tensor:
+    """Even intervals; a leap next to the start, which they would step over, has its own."""
+    edges = torch.linspace(0, 1, FIRST_INTERVALS + 1)
+    near = torch.tensor([NEAR_START] if path.leap else [])
+    return torch.cat([edges[:1], near, edges[1:]])
 
 
 def _measure(

@@ -13,6 +13,7 @@ from captum_llm_ext.compat import InterpretableInput
 from captum_llm_ext.inputs import Features
 from captum_llm_ext.layers import Site
 from captum_llm_ext.methods import NORMS
+from captum_llm_ext.path import NEAR_START
 from captum_llm_ext.result import LLMAttributionResult, LLMLayerAttributionResult
 from captum_llm_ext.totals import LayerTotal
 
@@ -26,7 +27,8 @@ class LayerColumns:
     seq_attr: (n_input,); token_attr: (n_output, n_input) or None; hidden_attr: (n_output,
     n_input, hidden) or None; delta and difference: (n_output,), or (1,) of the sequence, or None;
     norm: of gradients of which the values are, None where they add up; score_path: (2, n_points),
-    points of the path and the sequence score there, or None.
+    points of the path and the sequence score there, or None; leap: the share of the score
+    difference right at the path's start, or 0.
     """
 
     seq_attr: Tensor
@@ -38,6 +40,7 @@ class LayerColumns:
     converged: bool | None
     norm: str | None
     score_path: Tensor | None
+    leap: float
 
 
 def layer_columns(
@@ -62,6 +65,7 @@ def layer_columns(
         converged=total.converged,
         norm=None if total.norm == "sum" else total.norm,
         score_path=_score_path(total),
+        leap=total.leap,
     )
 
 
@@ -128,6 +132,19 @@ def warn_unless_converged(
         warnings.warn(_not_converged(relative, unmet, output_tokens), stacklevel=4)
 
 
+def warn_of_leaps(layers: Sequence[LayerColumns]) -> None:
+    """Warn once where the path starts with a leap: no rule sees it, whatever the sums are."""
+    leap = max((layer.leap for layer in layers if layer.difference is not None), default=0.0)
+    if leap:
+        warnings.warn(
+            f"the path leaps at its baseline: {leap:.0%} of the score difference falls on its "
+            f"first {NEAR_START:g}. There integrated gradients are not reliable, even where "
+            'they add up. Choose another baseline ("mean", "pad" or a token; from "zero" models '
+            "that normalise first do this)",
+            stacklevel=4,
+        )
+
+
 def check_totals(by_site: Mapping[Site, LayerTotal]) -> None:
     """Refuse attributions that are no numbers: in float16 gradients can overflow."""
     for site, total in by_site.items():
@@ -153,15 +170,20 @@ def warn_of_zeros(by_site: Mapping[Site, LayerTotal]) -> None:
 def _not_converged(relative: Tensor, unmet: int, output_tokens: Sequence[str]) -> str:
     worst = int(relative.amax(0).argmax())
     what = repr(output_tokens[worst]) if relative.size(1) == len(output_tokens) else "the sequence"
-    found = (
+    if unmet:
+        return (
+            f"integrated gradients have not converged: max_rows was spent first on {unmet} of "
+            f"{len(relative)} paths; the worst sum of attributions misses the score difference by "
+            f"{float(relative.max()):.0%} (at {what}). Raise max_rows or tol, or choose another "
+            "baseline"
+        )
+    return (
         f"integrated gradients have not converged: {int((relative > ACCEPTED_DELTA).sum())} of "
         f"{relative.numel()} sums of attributions miss the score difference by more than 10 %, "
-        f"worst by {float(relative.max()):.0%} (at {what}). "
+        f"worst by {float(relative.max()):.0%} (at {what}). Raise n_steps, choose another "
+        'baseline, or use method="adaptive" (quadrature="adaptive" in explain, --adaptive in the '
+        "terminal)"
     )
-    if unmet:
-        return f"{found}Of {unmet} paths max_rows was spent first: raise max_rows or tol"
-    advice = 'method="adaptive" (quadrature="adaptive" in explain, --adaptive in the terminal)'
-    return f"{found}Raise n_steps, choose another baseline, or use {advice}"
 
 
 def _joint_delta(layers: Sequence[LayerColumns]) -> Tensor:

@@ -19,6 +19,7 @@ from captum_llm_ext.assemble import (
     layer_columns,
     layered_result,
     single_result,
+    warn_of_leaps,
     warn_of_zeros,
     warn_unless_converged,
 )
@@ -316,6 +317,7 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
             checked = [x for site, x in columns.items() if holds_whole_state(site, model)]
         check_totals(totals)
         warn_of_zeros(totals)
+        warn_of_leaps(checked)
         warn_unless_converged(checked, plan.joint, tokens)
         if self._several:
             return layered_result(by_site, layer_mode, features, tokens, inp)

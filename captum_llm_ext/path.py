@@ -8,6 +8,8 @@ ADAPTIVE = "adaptive"
 FIRST_INTERVALS = 8  # of adaptive quadrature, each with a Gauss-Legendre rule
 POINTS = 3  # of that rule
 FEWEST_ROWS = FIRST_INTERVALS * POINTS
+NEAR_START = 1e-4  # where the score is compared with that at the start, in search of a leap
+LEAP = 0.01  # share of the score difference that makes it one: 100 times the mean slope
 
 
 def fixed_rule(method: str, n_steps: int) -> tuple[list[float], list[float]]:

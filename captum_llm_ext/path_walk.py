@@ -17,6 +17,7 @@ from captum_llm_ext.layers import Site
 from captum_llm_ext.memory import Halving
 from captum_llm_ext.methods import PathRule
 from captum_llm_ext.model_pass import Pass, TargetSpan, TeacherForcing
+from captum_llm_ext.path import LEAP, NEAR_START
 from captum_llm_ext.totals import LayerTotal, Plan
 
 logger = logging.getLogger(__name__)
@@ -238,18 +239,21 @@ class PathWalk:
     def _scored_ends(self) -> tuple[int, Tensor]:
         """How many blocks can be replayed, and the scores (2, n) at the path's start and end.
 
+        A third row, next to the start, tells whether the score leaps there.
+
         Replay is right where the path's end has the model's own scores, and else left out: some
         models pass more from block to block than a block's output.
         """
-        ends = {s: torch.cat([self.starts[s], self.ends[s].tensor]) for s in self.moved}
+        ends = {s: _ends(self.starts[s], self.ends[s].tensor) for s in self.moved}
         replayed = min(self.ends[site].blocks_before for site in self.moved)
         with writing(ends):
-            scored = self._run(2, replayed)
+            scored = self._run(3, replayed)
             if replayed and not self._is_models_own(scored):
                 logger.info("blocks cannot be replayed in this model: running all of them")
-                replayed, scored = 0, self._run(2, 0)
-        self.note(torch.tensor([0.0, 1.0]), scored)
-        return replayed, self.asked_scores(scored)
+                replayed, scored = 0, self._run(3, 0)
+        self.note(torch.tensor([0.0, 1.0, NEAR_START]), scored)
+        self.leap = _leap(scored)
+        return replayed, self.asked_scores(scored)[:2]
 
     def note(self, alphas: Tensor, scored: Pass) -> None:
         """Keep the sequence score at the points, for the picture of the path."""
@@ -269,8 +273,21 @@ class PathWalk:
         difference = self.at_ends[1] - self.at_ends[0]
         if total.score_difference is not None:
             total.score_difference[place] += difference.to(total.tokens.device)
-        for alpha, score in self.seen.items():
-            total.path[alpha] = total.path.get(alpha, 0.0) + score
+        total.leap = max(total.leap, self.leap)
+        total.add_path(self.seen)
+
+
+def _ends(start: Tensor, end: Tensor) -> Tensor:
+    """Start, end, and what is next to the start."""
+    return torch.cat([start, end, start + NEAR_START * (end - start)])
+
+
+def _leap(scored: Pass) -> float:
+    """The share of the score difference that falls next to the start; 0 if it is nothing much."""
+    start, end, near = scored.sequence_score().tolist()
+    leap, noise = abs(near - start), scored.tolerance * max(1.0, abs(start), abs(near))
+    share = leap / max(abs(end - start), noise)
+    return share if leap > noise and share > LEAP else 0.0
 
 
 def _shares(totals: Shared, *values: Tensor) -> Iterator[tuple[Any, ...]]:

@@ -39,7 +39,7 @@ class LayerTotal:
     or None; score_difference: (n_output,) or (1,) between the
     ends of the path, or None; n_evaluations: path points whose gradient was taken; converged:
     whether adaptive quadrature met its tolerance, or None; path: the sequence score at points
-    of the path.
+    of the path; leap: the share of the score difference next to the path's start, where it leaps.
     """
 
     def __init__(
@@ -68,6 +68,7 @@ class LayerTotal:
         self.score_difference = torch.zeros(n_scores, device=device) if is_integral else None
         self.n_evaluations = 0
         self.path: dict[float, float] = {}
+        self.leap = 0.0
         self.converged: bool | None = None
 
     @classmethod
@@ -77,6 +78,10 @@ class LayerTotal:
         for name in ("tokens", "sequence", "hidden", "score_difference"):
             if getattr(mean, name) is not None:
                 setattr(mean, name, torch.stack([getattr(t, name) for t in totals]).mean(0))
+        mean.n_evaluations = sum(total.n_evaluations for total in totals)
+        mean.converged = _all([total.converged for total in totals])
+        mean.leap = max(total.leap for total in totals)
+        mean.path = mean.path if len(totals) == 1 else {}
         return mean
 
     def empty(self) -> LayerTotal:
@@ -92,6 +97,12 @@ class LayerTotal:
         for name in ("tokens", "sequence", "hidden"):
             if getattr(self, name) is not None:
                 getattr(self, name).add_(getattr(other, name))
+
+    def add_path(self, seen: Mapping[float, float]) -> None:
+        """Add the scores of another part of the sequence, at the points where all are known."""
+        if self.path:
+            seen = {a: self.path[a] + score for a, score in seen.items() if a in self.path}
+        self.path = dict(seen)
 
     @property
     def is_cut_off(self) -> bool:
@@ -118,3 +129,7 @@ class LayerTotal:
         self.tokens[output, :end] += NORMS[self.norm](part)
         if self.hidden is not None:
             self.hidden[output, :end] += part
+
+
+def _all(known: Sequence[bool | None]) -> bool | None:
+    return None if None in known else all(known)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from captum.attr import LayerIntegratedGradients
 
 from captum_llm_ext import LLMGradientAttribution
 from tests.cases import prompt_input, target_ids
-from tests.families import BidirectionalToy, tiny_model, tiny_tokenizer
+from tests.families import BidirectionalToy, CausalToy, tiny_model, tiny_tokenizer
 
 
 def integrated(model: Any, layer: Any, **options: Any) -> Any:
@@ -157,7 +158,7 @@ def test_the_path_of_scores(kind: str) -> None:
     for alpha, score in path.T[::7].tolist():
         mixed = (1 - alpha) * embed(absent) + alpha * embed(ids)
         logits = model(inputs_embeds=mixed[None]).logits[0, -2:].log_softmax(-1)
-        assert abs(float(logits[[0, 1], target].sum()) - score) < 1e-3
+        assert abs(float(logits[[0, 1], target].detach().sum()) - score) < 1e-3
 
 
 def test_a_picture_of_the_path() -> None:
@@ -166,3 +167,57 @@ def test_a_picture_of_the_path() -> None:
         result.plot_path()
     _, ax = result["model.layers.1"].plot_path()
     assert ax.get_xlabel().startswith("path")
+
+
+def test_the_path_of_a_model_that_is_not_causal() -> None:
+    """Each target has its own points there, and the score is the sum over targets."""
+    model, inp, target = BidirectionalToy(), prompt_input(), target_ids(2)
+    result = integrated(model, "embedding", target=target, method="adaptive", tol=0.001)
+    path = result.score_path
+    ids = torch.cat([inp.inp_tensor[0], target])
+    absent = ids.clone()
+    absent[: inp.inp_tensor.size(1)] = inp.baselines
+    for place, at_end in ((0, absent), (-1, ids)):
+        rows = [model(at_end[None, :stop]).logits[0, -1].log_softmax(-1) for stop in (-2, -1)]
+        score = float(sum(row[token] for row, token in zip(rows, target, strict=True)))
+        assert abs(float(path[1, place]) - score) < 1e-4
+
+
+class NormalisingToy(CausalToy):
+    """The lengths of vectors are undone, as by a norm, so that from zero all happens at once."""
+
+    def mix(self, hidden: torch.Tensor) -> torch.Tensor:
+        mixed = super().mix(hidden)
+        return mixed / (mixed.norm(dim=-1, keepdim=True) + 1e-6)
+
+
+@pytest.mark.parametrize("options", [{"method": "adaptive"}, {"n_steps": 200}])
+@pytest.mark.parametrize(
+    ("model", "baseline", "leaps"),
+    [
+        (NormalisingToy(), "zero", True),
+        (NormalisingToy(), "mean", False),
+        (NormalisingToy(), 3, False),
+        (CausalToy(), "zero", False),
+    ],
+)
+def test_a_leap_at_the_baseline_is_said(
+    model: Any, baseline: Any, leaps: bool, options: dict[str, Any]
+) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = integrated(model, "embedding", baselines=baseline, **options)
+    said = [str(w.message) for w in caught if "leaps at its baseline" in str(w.message)]
+    assert len(said) == leaps
+    assert (result.score_path[0] - 1e-4).abs().min() < 1e-9
+
+
+def test_several_baselines_are_all_counted() -> None:
+    options = {"method": "adaptive", "tol": 0.01}
+    model, baselines = tiny_model("llama"), ["mean", 3]
+    both = integrated(model, "model.embed_tokens", baselines=baselines, **options)
+    each = [integrated(model, "model.embed_tokens", baselines=b, **options) for b in baselines]
+    assert both.n_evaluations == sum(result.n_evaluations for result in each)
+    assert both.converged is True
+    with pytest.raises(ValueError, match="one baseline"):
+        both.plot_path()

@@ -105,7 +105,8 @@ class ShownResult:
         if self.score_path is None:
             raise ValueError(
                 "there is no path to plot: expected a result of integrated gradients or "
-                "conductance; of several layers, plot one: result[name].plot_path()"
+                "conductance from one baseline; of several layers, plot one: "
+                "result[name].plot_path()"
             )
         points, scores = array(self.score_path)
         return shown(draw_path(points, scores, ax), show)
