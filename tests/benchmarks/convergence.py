@@ -1,215 +1,172 @@
 """Do integrated gradients converge on a real model, and is their stated error true?
 
-`python -m tests.benchmarks.convergence` prints the table: adaptive quadrature with its defaults and
-the fixed rule at 400 points, against reference integrals kept in `references/`.
-`python -m tests.benchmarks.convergence references` makes those (hours): by adaptive quadrature with
-a fifth of the tolerance, and by a Gauss-Legendre rule of two points on the halves of its
-intervals, written here with plain autograd. The two must agree within 3 %.
+`python -m tests.benchmarks.convergence` prints the table, writes results/convergence.json and puts
+it into docs/tasks/adding_up.md: adaptive quadrature with its defaults and the fixed rule at 400
+points, against the reference integrals of `integrals.py`; and the baselines "a sentence" and
+"zero", which have no reference. About half an hour.
 """
 
 from __future__ import annotations
 
 import json
 import statistics
-import sys
 import warnings
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from captum_llm_ext import (
-    LayerIntegratedGradients,
-    LLMGradientAttribution,
-    TextTokenInput,
-    chat_input,
-    load_demo_model,
-)
-from tests.benchmarks.measure import machine_facts
+from captum_llm_ext import load_demo_model
+from tests.benchmarks.integrals import BUDGET, CASES, attribute, pairs, reference, reference_file
+from tests.benchmarks.measure import RESULTS, write_results
+from tests.benchmarks.pages import DOCS, fill, markdown
 
-CASES = {
-    "capital": ("The capital of France is", " Paris"),
-    "nurse": ("My sister is a nurse, and every morning she goes to the", " hospital"),
-    "lawyer": (
-        "Dave lives in Palm Coast, FL and is a lawyer. His personal interests include",
-        " playing golf",
-    ),
-    "german": ("Der Himmel ist blau und das Gras ist", " grün"),
-    "code": ("def add(a, b):\n    return a +", " b"),
-    "chat": ([{"role": "user", "content": "Name a fruit that is yellow."}], "A yellow fruit is"),
-    "water": ("Water boils at a temperature of 100 degrees", " Celsius"),
-    "farm": ("Old MacDonald had a farm, and on that farm he had a", " cow"),
-}
-BASELINES = {"id 0": 0, "pad": "pad", "mean": "mean"}
-TOLERANCE, BUDGET = 0.05, 1000  # the defaults of method="adaptive"
 FIXED = 400
-FOLDER = Path(__file__).parent / "references"
-ROWS = 24
+SENTENCE = (
+    "It was one of those days on which one thing came after another and nothing much was said about"
+    " any of it by anyone"
+)
+PAGE = DOCS / "tasks" / "adding_up.md"
+ORDER = ("mean", "pad", "id 0", "a sentence", "zero")
 
 
 def main() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     model, tokenizer = load_demo_model()
-    if sys.argv[1:] == ["references"]:
-        for name, baseline in _pairs():
-            make_reference(model, tokenizer, name, baseline)
-    else:
-        print_table(model, tokenizer)
+    rows = [with_reference(model, tokenizer, *pair) for pair in pairs()]
+    for baseline in ("a sentence", "zero"):
+        rows += [without_reference(model, tokenizer, name, baseline) for name in CASES]
+    print(f"written: {write_results('convergence', rows)}, {write_page()}")
 
 
-def _pairs() -> Iterator[tuple[str, str]]:
-    return ((name, baseline) for baseline in ("mean", "pad", "id 0") for name in CASES)
-
-
-def attribute(model: Any, tokenizer: Any, name: str, baseline: str, **options: Any) -> Any:
-    prompt, target = CASES[name]
-    inp = (
-        TextTokenInput(prompt, tokenizer)
-        if isinstance(prompt, str)
-        else chat_input(prompt, tokenizer)
-    )
-    method = LayerIntegratedGradients(model, model.get_input_embeddings())
-    return inp, LLMGradientAttribution(method, tokenizer).attribute(
-        inp, target=target, baselines=BASELINES[baseline], **options
+def with_reference(model: Any, tokenizer: Any, name: str, baseline: str) -> dict[str, Any]:
+    """Rows, delta, and errors against the mean of both reference rules."""
+    kept = json.loads(reference_file(name, baseline).read_text())
+    truth = reference(name, baseline)
+    alone = {"include_per_token_attr": False}
+    found = attribute(model, tokenizer, name, baseline, method="adaptive", **alone)[1]
+    fixed = attribute(model, tokenizer, name, baseline, n_steps=FIXED, **alone)[1]
+    each = attribute(model, tokenizer, name, baseline, method="adaptive")[1]
+    misses = (each.token_attr - torch.tensor(kept["mesh_tokens"])).norm(dim=1) / truth.norm()
+    return _said(
+        _row(name, baseline, found)
+        | {"error": _miss(found.seq_attr, truth), "fixed_error": _miss(fixed.seq_attr, truth)}
+        | {"fixed_delta": _delta(fixed), "token_errors": misses.tolist()}
     )
 
 
-# --- references ----------------------------------------------------------------------------------
+def without_reference(model: Any, tokenizer: Any, name: str, baseline: str) -> dict[str, Any]:
+    """Rows and delta; and by how much the fixed rule differs, for all that it tells."""
+    start: Any = baseline
+    alone = {"include_per_token_attr": False}
+    if baseline == "a sentence":
+        start = sentence(tokenizer, attribute(model, tokenizer, name, 0, n_steps=1, **alone)[1])
+    found = attribute(model, tokenizer, name, start, method="adaptive", **alone)[1]
+    fixed = attribute(model, tokenizer, name, start, n_steps=FIXED, **alone)[1]
+    return _said(_row(name, baseline, found) | {"fixed_delta": _delta(fixed)})
 
 
-def make_reference(model: Any, tokenizer: Any, name: str, baseline: str) -> None:
-    file = FOLDER / f"{name}-{baseline.replace(' ', '')}.json"
-    if file.exists():
-        return
-    options = {"tol": TOLERANCE / 5, "max_rows": 10 * FIXED, "include_per_token_attr": False}
-    inp, result = attribute(model, tokenizer, name, baseline, method="adaptive", **options)
-    path = EmbeddingPath(model, tokenizer, inp, name, baseline)
-    edges = halved_mesh(result.score_path[0])
-    for nodes in (2, 4):
-        tokens = path.integral(edges, nodes)
-        other = tokens.sum(0)
-        difference = float((result.seq_attr - other).norm() / result.seq_attr.norm())
-        if difference <= 0.03:
-            break
-    kept = {
-        "adaptive": result.seq_attr.tolist(),
-        "adaptive_rows": result.n_evaluations,
-        "adaptive_delta": float(result.convergence_delta),
-        "mesh": other.tolist(),
-        "mesh_tokens": tokens.tolist(),
-        "mesh_rows": nodes * (len(edges) - 1),
-        "relative_difference": round(difference, 5),
-        "score_difference": path.ends[1] - path.ends[0],
-    }
-    FOLDER.mkdir(exist_ok=True)
-    file.write_text(json.dumps(kept, indent=1) + "\n")
-    print(file.stem, {k: v for k, v in kept.items() if not isinstance(v, list)}, flush=True)
+def sentence(tokenizer: Any, like: Any) -> Tensor:
+    """A sentence about nothing, as many tokens as the result has features."""
+    ids = tokenizer(SENTENCE, return_tensors="pt").input_ids[0]
+    return ids[: len(like.input_tokens)]
 
 
-class EmbeddingPath:
-    """The straight path of the embeddings, with plain autograd and a hook."""
-
-    def __init__(self, model: Any, tokenizer: Any, inp: Any, name: str, baseline: str) -> None:
-        self.model = model
-        target = tokenizer(CASES[name][1], add_special_tokens=False, return_tensors="pt").input_ids
-        prompt = inp.inp_tensor
-        self.target, self.ids = target[0], torch.cat([prompt, target[:, :-1]], 1)
-        moved = torch.zeros(self.ids.size(1), dtype=torch.bool)
-        moved[: prompt.size(1)] = True if inp.itp_mask is None else inp.itp_mask[0]
-        embed = model.get_input_embeddings()
-        with torch.no_grad():
-            self.end = embed(self.ids)
-            mean = embed.weight.mean(0)
-            ids = {"id 0": 0, "pad": tokenizer.pad_token_id}
-            absent = mean if baseline == "mean" else embed.weight[ids[baseline]]
-            self.start = torch.where(moved[:, None], absent, self.end)
-        self.columns = moved.nonzero().flatten()
-        self.ends = self.scores(torch.tensor([0.0, 1.0])).tolist()
-
-    def _score(self, embeddings: Tensor) -> Tensor:
-        embed = self.model.get_input_embeddings()
-        hook = embed.register_forward_hook(lambda *_: embeddings)
-        try:
-            ids = self.ids.expand(len(embeddings), -1)
-            logits = self.model(ids, use_cache=False, logits_to_keep=len(self.target)).logits
-        finally:
-            hook.remove()
-        places = torch.arange(len(self.target))
-        return logits.log_softmax(-1)[:, places, self.target]
-
-    def _points(self, alphas: Tensor) -> Tensor:
-        return self.start + alphas[:, None, None].float() * (self.end - self.start)
-
-    @torch.no_grad()
-    def scores(self, alphas: Tensor) -> Tensor:
-        return self._score(self._points(alphas)).sum(1)
-
-    def integral(self, edges: np.ndarray, count: int) -> Tensor:
-        """(n_output, n_input): the attributions of each target token."""
-        nodes, weights = np.polynomial.legendre.leggauss(count)
-        half = np.diff(edges)[:, None] / 2
-        points = (edges[:-1, None] + half * (1 + nodes)).ravel()
-        shares = (half * weights).ravel()
-        total = torch.zeros(len(self.target), *self.end[0].shape, dtype=torch.float64)
-        for alphas, share in zip(_chunks(points), _chunks(shares), strict=True):
-            leaf = self._points(alphas).requires_grad_()
-            for row, score in zip(total, self._score(leaf).sum(0), strict=True):
-                (gradient,) = torch.autograd.grad(score, leaf, retain_graph=True)
-                row += (gradient.double() * share[:, None, None]).sum(0)
-        found = (total * (self.end - self.start)[0]).sum(-1)
-        return found[:, self.columns].float()
+def _row(name: str, baseline: str, found: Any) -> dict[str, Any]:
+    rows = found.n_evaluations if found.converged else BUDGET
+    known = {"name": name, "baseline": baseline, "n_input": len(found.input_tokens)}
+    return known | {"rows": rows, "converged": found.converged, "delta": _delta(found)}
 
 
-def halved_mesh(points: Tensor) -> np.ndarray:
-    """The halves of the intervals that adaptive quadrature ended with.
-
-    It halves from eighths on, so its edges and middles are the multiples of a power of two.
-    """
-    exact = points.double().numpy() * 2**20
-    return exact[exact == np.round(exact)] / 2**20
+def _delta(result: Any) -> float:
+    """The stated delta, relative to the score difference that the path itself has."""
+    path = result.score_path[1]
+    return abs(float(result.convergence_delta.sum())) / max(abs(float(path[-1] - path[0])), 1e-3)
 
 
-def _chunks(values: np.ndarray) -> list[Tensor]:
-    return list(torch.from_numpy(values).split(ROWS))
+def _miss(found: Tensor, truth: Tensor) -> float:
+    return float((found - truth).norm() / truth.norm())
 
 
-# --- the table -----------------------------------------------------------------------------------
+def _said(row: dict[str, Any]) -> dict[str, Any]:
+    print({k: f"{v:.3f}" if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+    return row
 
 
-def print_table(model: Any, tokenizer: Any) -> None:
-    print(machine_facts())
-    rows, met, tokens = [], 0, []
-    print(f"{'case':10} {'baseline':8} rows  delta  error  error of {FIXED} fixed points")
-    for name, baseline in _pairs():
-        file = FOLDER / f"{name}-{baseline.replace(' ', '')}.json"
-        if not file.exists():
-            print(f"{name:10} {baseline:8} has no reference yet")
-            continue
-        kept = json.loads(file.read_text())
-        truth = (torch.tensor(kept["adaptive"]) + torch.tensor(kept["mesh"])) / 2
-        options = {"include_per_token_attr": False}
-        found = attribute(model, tokenizer, name, baseline, method="adaptive", **options)[1]
-        fixed = attribute(model, tokenizer, name, baseline, n_steps=FIXED, **options)[1]
-        delta = abs(float(found.convergence_delta) / kept["score_difference"])
-        error, other = (float((r.seq_attr - truth).norm() / truth.norm()) for r in (found, fixed))
-        met += delta <= 0.05 and error <= 0.10
-        each = attribute(model, tokenizer, name, baseline, method="adaptive")[1]
-        misses = (each.token_attr - torch.tensor(kept["mesh_tokens"])).norm(dim=1) / truth.norm()
-        tokens += misses.tolist()
-        rows.append(found.n_evaluations if found.converged else BUDGET)
-        print(
-            f"{name:10} {baseline:8} {rows[-1]:4}  {delta:5.1%}  {error:5.1%}  {other:6.1%}",
-            flush=True,
-        )
-    print(f"{met} of {len(rows)} within 5 % delta and 10 % error; median {statistics.median(rows)}")
+# --- the page ------------------------------------------------------------------------------------
+
+
+def page_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    known = [row for row in rows if "error" in row]
+    return "\n\n".join([by_baseline(rows), met(known), by_case(known)])
+
+
+def by_baseline(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A line for each baseline: medians over prompts."""
+    columns = (
+        "baseline",
+        "converged",
+        "rows",
+        "delta",
+        "error",
+        f"delta of {FIXED} fixed points",
+        "their error",
+    )
+    lines = []
+    for baseline in ORDER:
+        own = [row for row in rows if row["baseline"] == baseline]
+        converged = sum(row["converged"] for row in own)
+        cells = (_median(own, "delta"), _median(own, "error"))
+        fixed = (_median(own, "fixed_delta"), _median(own, "fixed_error"))
+        count = f"{statistics.median(row['rows'] for row in own):.0f}"
+        lines.append((baseline, f"{converged} of {len(own)}", count, *cells, *fixed))
+    return markdown(columns, lines)
+
+
+def by_case(rows: Iterable[Mapping[str, Any]]) -> str:
+    """A line for each prompt: rows, error, and the error of the fixed rule, from each baseline."""
+    rows = list(rows)
+    columns = ["prompt", "tokens"] + [
+        f"{baseline}: {what}" for baseline in ORDER[:3] for what in ("rows", "error", "fixed")
+    ]
+    lines = []
+    for name in CASES:
+        own = {row["baseline"]: row for row in rows if row["name"] == name}
+        cells = [name, str(own["mean"]["n_input"])]
+        for baseline in ORDER[:3]:
+            row = own[baseline]
+            cells += [str(row["rows"]), _percent(row["error"]), _percent(row["fixed_error"])]
+        lines.append(cells)
+    return markdown(columns, lines)
+
+
+def met(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What was asked of the cases with a reference, in one sentence."""
+    within = sum(row["delta"] <= 0.05 and row["error"] <= 0.10 for row in rows)
+    tokens = [miss for row in rows for miss in row["token_errors"]]
     close = sum(miss <= 0.10 for miss in tokens)
-    print(
-        f"{close} of {len(tokens)} target tokens' attributions within 10 % of the sequence's norm"
+    return (
+        f"Delta within 5 % and error within 10 %: {within} of {len(rows)} cases, with "
+        f"{statistics.median(row['rows'] for row in rows):.0f} rows in the median. Of "
+        f"{len(tokens)} target tokens the attributions of {close} are within 10 % of the "
+        "sequence's norm."
     )
+
+
+def _median(rows: Sequence[Mapping[str, Any]], name: str) -> str:
+    known = [row[name] for row in rows if name in row]
+    return _percent(statistics.median(known)) if known else "–"
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1%}" if share < 0.1 else f"{share:.0%}"
+
+
+def write_page() -> str:
+    stored = json.loads((RESULTS / "convergence.json").read_text())
+    return str(fill(PAGE, "convergence", page_text(stored["rows"])))
 
 
 if __name__ == "__main__":
