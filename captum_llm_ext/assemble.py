@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ from captum_llm_ext.methods import NORMS
 from captum_llm_ext.path import NEAR_START
 from captum_llm_ext.result import LLMAttributionResult, LLMLayerAttributionResult
 from captum_llm_ext.totals import LayerTotal
+from captum_llm_ext.warning import warn
 
 ACCEPTED_DELTA = 0.10
 
@@ -129,19 +129,18 @@ def warn_unless_converged(
     relative = delta.abs() / difference.abs().clamp(min=1e-3)
     unmet = sum(layer.converged is False for layer in layers)
     if unmet or (relative > ACCEPTED_DELTA).any():
-        warnings.warn(_not_converged(relative, unmet, output_tokens), stacklevel=4)
+        warn(_not_converged(relative, unmet, output_tokens))
 
 
 def warn_of_leaps(layers: Sequence[LayerColumns]) -> None:
     """Warn once where the path starts with a leap: no rule sees it, whatever the sums are."""
     leap = max((layer.leap for layer in layers if layer.difference is not None), default=0.0)
     if leap:
-        warnings.warn(
+        warn(
             f"the path leaps at its baseline: {leap:.0%} of the score difference falls on its "
             f"first {NEAR_START:g}. There integrated gradients are not reliable, even where "
             'they add up. Choose another baseline ("mean", "pad" or a token; from "zero" models '
             "that normalise first do this)",
-            stacklevel=4,
         )
 
 
@@ -159,11 +158,10 @@ def warn_of_zeros(by_site: Mapping[Site, LayerTotal]) -> None:
     """Warn where a layer that sees the tokens has no gradient at all: something cuts it off."""
     zero = [site.name for site, total in by_site.items() if total.is_cut_off]
     if zero:
-        warnings.warn(
+        warn(
             f"no gradient reaches {', '.join(zero[:3])}{' …' if len(zero) > 3 else ''}: its "
             "attribution is zero everywhere. A layer after it cuts the gradient off, as quantised "
             "layers without a backward do (4-bit layers on a CPU after a pass without gradients)",
-            stacklevel=4,
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -17,6 +16,7 @@ from captum_llm_ext.model_parts import known_token_embedding
 from captum_llm_ext.model_pass import Pass, TeacherForcing
 from captum_llm_ext.quantized import quantized_layers, quantizes_activations
 from captum_llm_ext.targets import Target
+from captum_llm_ext.warning import warn
 
 
 def check_ids(forcing: TeacherForcing) -> None:
@@ -47,10 +47,9 @@ def check_context(forcing: TeacherForcing) -> None:
 def warn_of_dropout(model: nn.Module) -> None:
     """In training mode dropout makes every pass, and so every attribution, random."""
     if any(module.training and _drops(module) for module in model.modules()):
-        warnings.warn(
+        warn(
             "the model is in training mode and has dropout, so the attribution is random: "
             "call model.eval() first",
-            stacklevel=3,
         )
 
 
@@ -60,10 +59,9 @@ def warn_of_low_precision(forcing: TeacherForcing, probe: Pass, sites: Sequence[
     embedding = known_token_embedding(forcing.model)
     low = probe.precision in (torch.bfloat16, torch.float16)
     if low and any(site.module is embedding for site in sites):
-        warnings.warn(
+        warn(
             f"a path at the embeddings computed in {str(probe.precision).removeprefix('torch.')} "
             "is not reliable: take a float32 model, the layers of a block, or LayerSaliency",
-            stacklevel=3,
         )
 
 
@@ -89,11 +87,10 @@ def check_causal(forcing: TeacherForcing, probe: Pass, product: bool = True) -> 
     """
     check_finite(probe)
     if quantizes_activations(forcing.model):
-        warnings.warn(
+        warn(
             "8-bit layers round their input by what else is in the pass, so the model's own scores "
             "depend slightly on later tokens and other rows: all target tokens are scored in one "
             "pass, and gradients are taken with the dequantised weights",
-            stacklevel=3,
         )
         return True
     if probe.is_causal():
@@ -103,10 +100,9 @@ def check_causal(forcing: TeacherForcing, probe: Pass, product: bool = True) -> 
             "attr_target='prob' needs a causal model for a target of several tokens, and here "
             "a later token changes earlier scores: use attr_target='log_prob' or one target token"
         )
-    warnings.warn(
+    warn(
         f"{type(forcing.model).__name__} is not causal (a later token changes earlier scores), so "
         "the target is scored token by token, one pass each",
-        stacklevel=3,
     )
     return False
 

@@ -16,6 +16,7 @@ from captum_llm_ext.batch.journal import Record
 from captum_llm_ext.batch.lines import Line, identity, read_request
 from captum_llm_ext.explain import Layers, explain
 from captum_llm_ext.seeds import seeded
+from captum_llm_ext.warning import warn
 
 
 @dataclass(frozen=True)
@@ -79,4 +80,4 @@ class Warner:
             kind = re.sub(r"[-+.\d]+|'.*?'", "", str(warning.message))
             if kind not in self.seen:
                 self.seen.add(kind)
-                warnings.warn(f"line {number}: {warning.message}", warning.category, stacklevel=3)
+                warn(f"line {number}: {warning.message}", warning.category)

@@ -1,9 +1,10 @@
 """How faithful are the methods, and at what cost, on the small real model?
 
-`python -m tests.benchmarks.faithfulness` prints the table of the prompts that were held out, and
-writes results/faithfulness_holdout.json; `--half choosing` does so for those on which
-`TwoStageAblation` was chosen, with the candidates that lost. Every prompt is written as it is done,
-and skipped when the command is run again; without its file it starts anew. In nats; one thread.
+`python -m tests.benchmarks.faithfulness` prints the table of the prompts that were held out, writes
+results/faithfulness_holdout.json and puts the table into docs/faithfulness.md; `--half choosing`
+does so for those on which `TwoStageAblation` was chosen, with the candidates that lost. Every
+prompt is written as it is done, and skipped when the command is run again; without its file it
+starts anew. In nats; one thread.
 """
 
 from __future__ import annotations
@@ -29,14 +30,17 @@ from captum_llm_ext.explain import GRADIENT_METHODS
 from captum_llm_ext.metrics import MethodComparison, compare_methods
 from tests.benchmarks.candidates import BASELINE, CANDIDATES, first_token_aside, result_of
 from tests.benchmarks.measure import RESULTS, machine_facts
+from tests.benchmarks.pages import DOCS, fill, markdown
 
 PROMPTS = Path(__file__).parent / "prompts.json"
+PAGE = DOCS / "faithfulness.md"
 NEW_TOKENS = 7
 N_RANDOM = 6
 NAMED: dict[str, tuple[str, dict[str, Any]]] = {
     "L1 saliency": ("saliency", {}),
     "gradient × activation": ("gradxact", {}),
     "integrated gradients, 20 steps": ("ig", {"n_steps": 20}),
+    "integrated gradients, adaptive": ("ig", {"quadrature": "adaptive"}),
     "gradient SHAP, 10 samples": ("gradshap", {"n_samples": 10}),
     "feature ablation": ("ablation", {}),
     "two-stage ablation": ("two_stage", {}),
@@ -140,7 +144,7 @@ def table(rows: list[dict]) -> pandas.DataFrame:
 
 
 def _interval(entry: pandas.Series) -> str:
-    return f"{entry['mean']:+.2f} [{entry['low']:+.2f}, {entry['high']:+.2f}]"
+    return f"{entry['mean']:.2f} [{entry['low']:.2f}, {entry['high']:.2f}]"
 
 
 def _paired(differences: pandas.Series) -> str:
@@ -150,7 +154,21 @@ def _paired(differences: pandas.Series) -> str:
     drawn = torch.randint(len(values), (10_000, len(values)), generator=generator)
     low, high = values[drawn].mean(1).quantile(torch.tensor([0.025, 0.975]).double())
     better, worse = int((values > 1e-6).sum()), int((values < -1e-6).sum())
-    return f"{float(values.mean()):+.2f} [{float(low):+.2f}, {float(high):+.2f}] {better}:{worse}"
+    if not better and not worse:
+        return ""
+    return f"{float(values.mean()):+.2f} [{float(low):.2f}, {float(high):.2f}] ({better}:{worse})"
+
+
+def page_text(rows: list[dict]) -> str:
+    """The table as the page has it."""
+    found = table(rows)
+    heads = {"backward_rows": "differentiated", "cpu_s": "CPU s"}
+    columns = ["method", *(heads.get(name, name) for name in found.columns)]
+    lines = [
+        [str(method), *(cell if isinstance(cell, str) else f"{round(cell, 1):g}" for cell in line)]
+        for method, line in zip(found.index, found.itertuples(index=False), strict=True)
+    ]
+    return markdown(columns, lines)
 
 
 def main() -> None:
@@ -167,9 +185,8 @@ def main() -> None:
             written = {"machine": machine_facts(), "rows": rows}
             path.write_text(json.dumps(written, indent=1, ensure_ascii=False) + "\n")
             print(entry["name"], flush=True)
-    with pandas.option_context("display.width", 250, "display.max_columns", None):
-        print(table(rows).round(1))
-    print(f"written: {path}")
+    print(page_text(rows))
+    print(f"written: {path}, {fill(PAGE, f'faithfulness --half {half}', page_text(rows))}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,43 @@
+"""The tables of the pages are those of the stored results, to the letter."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.benchmarks import convergence, faithfulness, quadrature
+from tests.benchmarks.measure import RESULTS
+from tests.benchmarks.pages import filled, markdown
+
+TABLES: list[tuple[str, Path, str, Callable[[Any], str]]] = [
+    ("convergence", convergence.PAGE, "convergence", convergence.page_text),
+    ("quadrature", quadrature.PAGE, "quadrature", quadrature.page_text),
+    *(
+        (f"faithfulness_{half}", faithfulness.PAGE, f"faithfulness --half {half}", page_text)
+        for half in ("choosing", "holdout")
+        for page_text in [faithfulness.page_text]
+    ),
+]
+
+
+@pytest.mark.parametrize(("stored", "page", "name", "text"), TABLES)
+def test_the_page_shows_the_stored_results(
+    stored: str, page: Path, name: str, text: Callable[[Any], str]
+) -> None:
+    rows = json.loads((RESULTS / f"{stored}.json").read_text())["rows"]
+    assert filled(page, name) == text(rows)
+
+
+def test_every_case_has_a_reference_that_two_rules_agree_on() -> None:
+    for name, baseline in convergence.pairs():
+        kept = json.loads(convergence.reference_file(name, baseline).read_text())
+        assert kept["relative_difference"] <= 0.03
+        assert abs(kept["adaptive_delta"]) <= 0.01 * abs(kept["score_difference"])
+
+
+def test_a_table() -> None:
+    assert markdown(("a", "b"), [("x", "1")]) == "| a | b |\n| --- | ---: |\n| x | 1 |"
