@@ -12,7 +12,7 @@ export OMP_NUM_THREADS := $(THREADS)
 DAVE := Dave lives in Palm Coast, FL and is a lawyer. His personal interests include
 GOLF := playing golf, hiking, and spending time with his family and friends.
 
-.PHONY: help install demo test lint format docs bench bench-peers dist versions clean
+.PHONY: help install demo test lint format docs tutorials bench bench-peers dist versions clean
 
 help:
 	@echo "make demo   which words of a prompt made the small real model say what it said"
@@ -20,6 +20,7 @@ help:
 	@echo "make lint   style, formatting and types"
 	@echo "make format put the formatting right"
 	@echo "make docs   the documentation as pages, in site/"
+	@echo "make tutorials  run the notebooks and save their outputs"
 	@echo "make bench  timings against Captum"
 	@echo "make bench-peers  the same work by Captum, inseq and interpreto"
 	@echo "make dist   wheel and sdist; the wheel tried in an empty environment (gigabytes)"
@@ -61,6 +62,10 @@ format: $(STAMP)
 docs: $(STAMP)
 	@echo "== building the pages: site/index.html"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+tutorials: $(STAMP)
+	@echo "== running the notebooks and saving their outputs: about three minutes"
+	$(BIN)/python tutorials/run.py
 
 bench: $(STAMP)
 	@echo "== timing against Captum: run it on a machine that does nothing else"

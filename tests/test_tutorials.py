@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from nbclient import NotebookClient
 ROOT = Path(__file__).parent.parent
 TUTORIALS = sorted((ROOT / "tutorials").glob("*.ipynb"))
 LARGEST = 1_000_000  # bytes
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e-?\d+)?")
 SECONDS_PER_CELL = 300
 
 each = pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
@@ -29,6 +31,24 @@ def complaints(notebook: Any) -> list[str]:
         for output in outputs
         if output.output_type == "error" or output.get("name") == "stderr"
     ]
+
+
+def printed(notebook: Any) -> list[str]:
+    """The text of each cell's outputs."""
+    return [
+        "".join(
+            output.get("text") or output.get("data", {}).get("text/plain", "")
+            for output in cell.outputs
+        )
+        for cell in code_cells(notebook)
+    ]
+
+
+def same(found: list[str], saved: list[str]) -> bool:
+    """Whether the words are the same, and the numbers but for what another processor explains."""
+    words = [[NUMBER.sub("", text).split() for text in texts] for texts in (found, saved)]
+    numbers = [[float(x) for text in t for x in NUMBER.findall(text)] for t in (found, saved)]
+    return words[0] == words[1] and numbers[0] == pytest.approx(numbers[1], rel=0.05, abs=0.05)
 
 
 def test_there_are_five() -> None:
@@ -63,6 +83,7 @@ def test_runs(path: Path, tmp_path: Path, monkeypatch: Any, demo_model: Any) -> 
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     notebook = nbformat.read(path, as_version=4)
+    saved = printed(notebook)
     where = {"metadata": {"path": str(tmp_path)}}
     client = NotebookClient(
         notebook, timeout=SECONDS_PER_CELL, kernel_name="python3", resources=where
@@ -70,3 +91,4 @@ def test_runs(path: Path, tmp_path: Path, monkeypatch: Any, demo_model: Any) -> 
     client.execute()
     assert complaints(notebook) == []
     assert len(nbformat.writes(notebook).encode()) < LARGEST
+    assert same(printed(notebook), saved), "the saved outputs are not today's: make tutorials"
