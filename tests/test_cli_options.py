@@ -308,6 +308,14 @@ def test_batch_from_the_command_line(folder, loaded, tmp_path, capsys):
     assert records[2]["error"]["type"] == "ValueError"
 
 
+def test_a_batch_without_any_result_fails(folder, tmp_path, capsys):
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "results.jsonl"
+    prompts.write_text('{"prompt": ""}\nnot json')
+    assert cli.main(["batch", str(prompts), "--out", str(out), "--model", str(folder)]) == 2
+    assert "no prompt has a result" in capsys.readouterr().err
+    assert len(out.read_text().splitlines()) == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -65,6 +65,8 @@ def run(arguments: argparse.Namespace) -> None:
         **options,
     )
     print(f"captum-llm-ext: {_told(report, arguments.out)}", file=sys.stderr)
+    if report.n_errors and not (report.n_results or report.n_left):
+        raise ValueError(f"no prompt has a result: the records in {arguments.out} say why")
 
 
 def _told(report: BatchReport, out: str) -> str:
