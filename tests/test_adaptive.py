@@ -9,9 +9,10 @@ import pytest
 import torch
 from captum.attr import LayerIntegratedGradients
 
-from captum_llm_ext import LLMGradientAttribution
+from captum_llm_ext import LLMGradientAttribution, chat_input, segment_input
 from tests.cases import prompt_input, target_ids
 from tests.families import BidirectionalToy, CausalToy, tiny_model, tiny_tokenizer
+from tests.template_cases import OTHER_LENGTH, chat_tokenizer, template_input
 
 
 def integrated(model: Any, layer: Any, **options: Any) -> Any:
@@ -221,3 +222,35 @@ def test_several_baselines_are_all_counted() -> None:
     assert both.converged is True
     with pytest.raises(ValueError, match="one baseline"):
         both.plot_path()
+
+
+INPUTS: dict[str, Any] = {
+    "template": lambda _: template_input(OTHER_LENGTH),
+    "segments": lambda _: segment_input("The capital. Dave plays golf. He is", by="sentence"),
+    "chat": lambda tokenizer: chat_input([{"role": "user", "content": "Dave plays"}], tokenizer),
+    "skipped tokens": lambda _: prompt_input("skip_tokens"),
+}
+
+
+@pytest.mark.parametrize(
+    ("layer", "more"),
+    [
+        ("model.embed_tokens", {}),
+        ("model.layers.1", {}),
+        ("model.embed_tokens", {"include_generated": True}),
+        (["model.layers.1.mlp", "model.layers.2.self_attn"], {"layer_mode": "joint"}),
+    ],
+)
+@pytest.mark.parametrize("kind", INPUTS)
+def test_every_kind_of_input(kind: str, layer: Any, more: dict[str, Any]) -> None:
+    """As a dense rule has it, whatever a feature is and whatever moves."""
+    model = tiny_model("llama")
+    tokenizer = chat_tokenizer() if kind == "chat" else tiny_tokenizer()
+    inp = INPUTS[kind](tokenizer)
+    attribution = LLMGradientAttribution(LayerIntegratedGradients(model, layer), tokenizer)
+    options = {"target": target_ids(2), "baselines": "mean", **more}
+    dense = attribution.attribute(inp, n_steps=600, **options)
+    found = attribution.attribute(inp, method="adaptive", tol=0.005, **options)
+    assert found.converged is True
+    scale = dense.token_attr.abs().max()
+    assert (found.token_attr - dense.token_attr).abs().max() <= 0.03 * scale
