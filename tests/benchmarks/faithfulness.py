@@ -162,13 +162,18 @@ def _paired(differences: pandas.Series) -> str:
 def page_text(rows: list[dict]) -> str:
     """The table as the page has it."""
     found = table(rows)
-    heads = {"backward_rows": "differentiated", "cpu_s": "CPU s"}
-    columns = ["method", *(heads.get(name, name) for name in found.columns)]
-    lines = [
-        [str(method), *(cell if isinstance(cell, str) else f"{round(cell, 1):g}" for cell in line)]
-        for method, line in zip(found.index, found.itertuples(index=False), strict=True)
+    found["rows"] = [
+        f"{rows:.1f} ({round(differentiated, 1):g})"
+        for rows, differentiated in zip(found["rows"], found.pop("backward_rows"), strict=True)
     ]
-    return markdown(columns, lines)
+    found["CPU s"] = [f"{seconds:.1f}" for seconds in found.pop("cpu_s")]
+    lines = [[str(line[0]), *map(_unbroken, line[1:])] for line in found.itertuples()]
+    return markdown(["method", *found.columns], lines)
+
+
+def _unbroken(cell: str) -> str:
+    """Broken into lines between a mean, its interval and its counts alone."""
+    return cell.replace(", ", ",\N{NO-BREAK SPACE}")
 
 
 def main() -> None:
