@@ -54,6 +54,6 @@ def test_the_table_has_means_differences_and_costs() -> None:
     ]
     found = table(rows)
     assert found.index.tolist() == ["other", REFERENCE]
-    assert found.loc["other", "deletion"].startswith("+0.45 [")
-    assert found.loc["other", "deletion, less ablation's"] == "+0.10 [+0.10, +0.10] 4:0"
+    assert found.loc["other", "deletion"].startswith("0.45 [")
+    assert found.loc["other", "deletion, less ablation's"] == "+0.10 [0.10, 0.10] (4:0)"
     assert found.loc[REFERENCE, "rows"] == 7
