@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from captum_llm_ext.adapter import context_length
+from captum_llm_ext.adapter import Adapter, context_length
 from captum_llm_ext.hooks import embedding_leaves, evaluating, reading
 from captum_llm_ext.layers import Site, decoder_blocks
 from captum_llm_ext.model_parts import known_token_embedding
@@ -80,10 +80,14 @@ def check_finite(probe: Pass) -> None:
         )
 
 
-def check_causal(forcing: TeacherForcing, probe: Pass, product: bool = True) -> bool:
+def check_causal(
+    forcing: TeacherForcing, probe: Pass, product: bool = True, filled_up: bool = True
+) -> bool:
     """Whether one pass can score all target tokens; says so when it cannot.
 
-    product: whether a product of probabilities must come from one pass.
+    product: whether a product of probabilities must come from one pass; filled_up: whether prompts
+    may be filled up or cut into a cached prefix, which asks for a causal model even for a target
+    of one token.
     """
     check_finite(probe)
     if quantizes_activations(forcing.model):
@@ -93,7 +97,7 @@ def check_causal(forcing: TeacherForcing, probe: Pass, product: bool = True) -> 
             "pass, and gradients are taken with the dequantised weights",
         )
         return True
-    if probe.is_causal():
+    if probe.is_causal() and not (filled_up and _sees_on(forcing)):
         return True
     if product and not forcing.target.is_additive:
         raise ValueError(
@@ -105,6 +109,13 @@ def check_causal(forcing: TeacherForcing, probe: Pass, product: bool = True) -> 
         "the target is scored token by token, one pass each",
     )
     return False
+
+
+def _sees_on(forcing: TeacherForcing) -> bool:
+    """Of a target of one token: whether the model sees what comes later in the prompt."""
+    known = isinstance(forcing.model, Adapter) or len(forcing.target) > 1
+    with evaluating(forcing.model):
+        return not known and not forcing.is_causal_in_prompt()
 
 
 def check_gradients(forcing: TeacherForcing) -> None:

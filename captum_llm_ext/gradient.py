@@ -266,7 +266,7 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
         """The pass with what precedes all features cached, its probe, and whether it is causal."""
         cut = features.first if reuse_prefix and keeps_cache(forcing.model) else 0
         probe = probed(forcing, use_cache=cut >= FEWEST_REUSED)
-        causal = check_causal(forcing, probe)
+        causal = check_causal(forcing, probe, filled_up=cut >= FEWEST_REUSED)
         if not causal or not can_be_cut(probe.cache):
             return forcing, probe, causal
         cache = PrefixCache(self.model, forcing.prompt_ids[0], probe.cache, forcing.ids.size(1))

@@ -130,6 +130,17 @@ class TeacherForcing:
         changed = self.run(_with_last_id_changed(self.ids), span)
         return replace(own, logits=torch.cat([own.logits, changed.logits]))
 
+    def is_causal_in_prompt(self) -> bool:
+        """Whether changing the prompt's last token leaves the log probability of it alone.
+
+        Nothing follows a target of one token, so the prompt's last one is taken for a target here.
+        """
+        ids = self.prompt_ids
+        if ids.size(1) < 2 or self.target.of_positions:
+            return True
+        last = Target(torch.cat([ids[0, -1:], self.target.ids]))
+        return replace(self, prompt_ids=ids[:, :-1], target=last).probe().is_causal()
+
     def spans(
         self, per_token: bool, rows: int, causal: bool, divide: bool = True
     ) -> list[TargetSpan]:

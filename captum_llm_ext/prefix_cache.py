@@ -23,18 +23,28 @@ class PrefixCache:
     def __init__(self, model: nn.Module, ids: Tensor, full: Any, length: int) -> None:
         self.model, self.ids = model, ids
         self._full, self._length = full, length
+        self._cut: Any = None
+        self._cut_at = -1
         self._grown: Any = None
         self._grown_to = 0
 
     def at(self, cut: int, rows: int) -> Any:
         """A cache of the first `cut` tokens for `rows` rows; the model may append to it."""
+        if cut != self._cut_at:
+            self._cut_at, self._cut = cut, self._shortened(cut)
+        cache = deepcopy(self._cut)
+        if rows > 1:
+            cache.batch_repeat_interleave(rows)
+        return cache
+
+    def _shortened(self, cut: int) -> Any:
         cache = deepcopy(self._full)
+        if cut == self._length:  # some versions take crop(0) for "nothing is left"
+            return cache
         try:
             cache.crop(cut - self._length)
         except (RuntimeError, ValueError, NotImplementedError):
-            cache = deepcopy(self._grow(cut))
-        if rows > 1:
-            cache.batch_repeat_interleave(rows)
+            return deepcopy(self._grow(cut))
         return cache
 
     def _grow(self, cut: int) -> Any:

@@ -92,10 +92,12 @@ OTHER_MODELS = [
         ("shapley", "emptied template"),
     ],
 )
+@pytest.mark.parametrize("n_output", [1, 3])
 @pytest.mark.parametrize("name", OTHER_MODELS)
-def test_other_models(name: str, kind: str, method: str) -> None:
+def test_other_models(name: str, n_output: int, kind: str, method: str) -> None:
+    """Of one target token too: what fills up shorter prompts is seen by a model that looks on."""
     make, count = ENTRIES[kind]
-    model, target = other_model(name), target_ids(3)
+    model, target = other_model(name), target_ids(n_output)
     formula = {"feature_ablation": ablation, "shapley": shapley}[method]
     expected = formula(truth(kind, model, target), count)
     for per_eval in (1, 100):

@@ -6,12 +6,19 @@ from typing import Any
 
 import pytest
 import torch
-from captum.attr import LayerGradientXActivation, LayerIntegratedGradients, TextTemplateInput
+from captum.attr import (
+    FeatureAblation,
+    LayerGradientXActivation,
+    LayerIntegratedGradients,
+    TextTemplateInput,
+)
 
-from captum_llm_ext import LayerSaliency, LLMGradientAttribution
+from captum_llm_ext import LayerSaliency, LLMAttribution, LLMGradientAttribution
+from captum_llm_ext.compat import DynamicLayer
 from tests.cases import target_ids
 from tests.families import FAMILIES, BidirectionalToy, layer_names, tiny_model, tiny_tokenizer
 
+VALUES = (" golf", " golf hiking and golf")
 PREFIX = "The capital of France is Paris and the capital of Japan is Tokyo. "
 METHODS = (LayerIntegratedGradients, LayerGradientXActivation, LayerSaliency)
 
@@ -76,3 +83,24 @@ def test_a_model_without_a_cache_or_not_causal_is_served_too() -> None:
         for reuse in (True, False)
     )
     assert torch.equal(with_cache.token_attr, without.token_attr)
+
+
+def test_a_prefix_as_long_as_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The baseline's prompt goes on behind the whole prompt; older versions crop to 0 tokens."""
+    crop = DynamicLayer.crop
+
+    def to_nothing(layer: DynamicLayer, max_length: int) -> None:
+        if max_length == 0:
+            layer.keys, layer.values = layer.keys[..., :0, :], layer.values[..., :0, :]
+        else:
+            crop(layer, max_length)
+
+    monkeypatch.setattr(DynamicLayer, "crop", to_nothing)
+    model, target = tiny_model("llama"), target_ids(1)
+    inp = TextTemplateInput("Dave lives in Palm Coast and plays{}", [VALUES[0]], [VALUES[1]])
+    attribution = LLMAttribution(FeatureAblation(model), tiny_tokenizer())
+    found = attribution.attribute(inp, target=target, internal_batch_size=1)
+    prompts = [tiny_tokenizer()(f"Dave lives in Palm Coast and plays{v}") for v in VALUES]
+    ids = [torch.tensor([prompt.input_ids]) for prompt in prompts]
+    scores = [model(i).logits[0, -1].log_softmax(-1)[target] for i in ids]
+    torch.testing.assert_close(found.seq_attr, (scores[0] - scores[1]).detach())
