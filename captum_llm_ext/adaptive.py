@@ -20,18 +20,20 @@ from captum_llm_ext.path import FIRST_INTERVALS, NEAR_START, POINTS
 from captum_llm_ext.path_walk import PathWalk
 from captum_llm_ext.totals import LayerTotal
 
-LEAST_DIFFERENCE = 1e-3  # a smaller score difference is taken for this one
-
 
 @dataclass
 class Interval:
-    """A part of the path, its attributions, and the scores (n,) at its ends."""
+    """A part of the path, its attributions, and the scores (n_checks,) at its ends.
+
+    error: how far the attributions miss their difference, relative to that of the whole path.
+    """
 
     start: float
     stop: float
     totals: dict[Site, LayerTotal]
     score_start: Tensor
     score_stop: Tensor
+    error: float = 0.0
 
     @property
     def middle(self) -> float:
@@ -41,21 +43,18 @@ class Interval:
 def walk_adaptively(path: PathWalk, totals: Mapping[Site, LayerTotal]) -> None:
     """Add the path's attributions to the totals, to the rule's tolerance or its row budget.
 
-    The tolerance is on the summed mismatch of the intervals, relative to the difference of the
-    sequence score; an interval's mismatch is that of the sequence or of its worst target token,
-    whichever is larger.
+    The tolerance is on the summed errors of the intervals; the error of one is that of the
+    sequence or of its worst target token, whichever is larger, relative to `PathWalk.scale`.
     """
     tolerance, budget = path.rule.tolerance or 0.0, path.rule.max_rows
     edges = _first_edges(path)
     scores = path.scores(edges)
     intervals = _measure(path, totals, list(pairwise(edges.tolist())), list(pairwise(scores)))
     n_rows = POINTS * len(intervals)
-    difference = (path.at_ends[1] - path.at_ends[0]).sum().abs()
-    allowed = tolerance * max(float(difference), LEAST_DIFFERENCE)
     while True:
-        errors = [_error(interval, path) for interval in intervals]
-        converged = sum(errors) <= allowed
-        worst = _worst(errors, allowed, path.plan.rows, (budget - n_rows) // (2 * POINTS))
+        errors = [interval.error for interval in intervals]
+        converged = sum(errors) <= tolerance
+        worst = _worst(errors, tolerance, path.plan.rows, (budget - n_rows) // (2 * POINTS))
         if converged or not worst:
             break
         halves = _halved(path, totals, [intervals[i] for i in worst])
@@ -65,10 +64,11 @@ def walk_adaptively(path: PathWalk, totals: Mapping[Site, LayerTotal]) -> None:
 
 
 def _first_edges(path: PathWalk) -> Tensor:
-    """Even intervals; a leap next to the start, which they would step over, has its own."""
-    edges = torch.linspace(0, 1, FIRST_INTERVALS + 1)
-    near = torch.tensor([NEAR_START] if path.leap else [])
-    return torch.cat([edges[:1], near, edges[1:]])
+    """Even intervals; a leap next to the start, which they would step over, has one of them."""
+    if not path.leap:
+        return torch.linspace(0, 1, FIRST_INTERVALS + 1)
+    even = torch.linspace(0, 1, FIRST_INTERVALS)
+    return torch.cat([even[:1], torch.tensor([NEAR_START]), even[1:]])
 
 
 def _measure(
@@ -83,6 +83,8 @@ def _measure(
         for ends, at_ends in zip(edges, scores, strict=True)
     ]
     _add_gradients(path, intervals)
+    for interval in intervals:
+        interval.error = _error(interval, path)
     return intervals
 
 
@@ -115,10 +117,9 @@ def _floats(arrays: Sequence[np.ndarray]) -> Tensor:
 
 def _error(interval: Interval, path: PathWalk) -> float:
     """By how much the attributions miss the score difference: of the sequence or a target."""
-    targets = slice(path.span.start, path.span.stop) if path.plan.per_token else None
-    sums = path.sums(interval.totals, targets)
-    mismatch = sums - (interval.score_stop - interval.score_start).to(sums.device)
-    return float(torch.maximum(mismatch.sum(1).abs().max(), mismatch.abs().max()))
+    difference = interval.score_stop - interval.score_start
+    mismatch = path.sums(interval.totals).to(difference) - difference
+    return float((mismatch.abs() / path.scale).max())
 
 
 def _worst(errors: Sequence[float], allowed: float, rows: int, affordable: int) -> list[int]:
@@ -145,5 +146,6 @@ def _add_up(
     for site in path.chain:
         for interval in sorted(intervals, key=lambda x: x.start):
             totals[site].add_total(interval.totals[site])
-        totals[site].n_evaluations += n_rows
-        totals[site].converged = converged and totals[site].converged is not False
+        facts = totals[site].facts
+        facts.converged = converged and facts.converged is not False
+    path.count(totals, n_rows)

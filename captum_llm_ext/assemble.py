@@ -26,9 +26,9 @@ class LayerColumns:
 
     seq_attr: (n_input,); token_attr: (n_output, n_input) or None; hidden_attr: (n_output,
     n_input, hidden) or None; delta and difference: (n_output,), or (1,) of the sequence, or None;
-    norm: of gradients of which the values are, None where they add up; score_path: (2, n_points),
-    points of the path and the sequence score there, or None; leap: the share of the score
-    difference right at the path's start, or 0.
+    misses: see `PathFacts`; norm: of gradients of which the values are, None where they add up;
+    score_path: (2, n_points), points of the path and the sequence score there, or None; leap: see
+    `PathFacts`.
     """
 
     seq_attr: Tensor
@@ -36,6 +36,7 @@ class LayerColumns:
     hidden_attr: Tensor | None
     delta: Tensor | None
     difference: Tensor | None
+    misses: Tensor | None
     n_evaluations: int | None
     converged: bool | None
     norm: str | None
@@ -53,25 +54,26 @@ def layer_columns(
         return by_feature(values, features, total.norm, total.cut)
 
     hidden = total.hidden if per_token else total.sequence[None]
-    sums = total.tokens.sum(1) if per_token else total.sequence.sum()[None]
-    difference = total.score_difference
+    difference, facts = total.score_difference, total.facts
+    sums = None if difference is None else total.sums()[: len(difference)]
     return LayerColumns(
         seq_attr=columns(NORMS[total.norm](total.sequence)),
         token_attr=columns(total.tokens) if per_token else None,
         hidden_attr=_sum_hidden(hidden, column_of, features) if keep_hidden else None,
-        delta=None if difference is None else sums - difference,
+        delta=None if sums is None or difference is None else sums - difference,
         difference=difference,
-        n_evaluations=total.n_evaluations or None,
-        converged=total.converged,
+        misses=facts.misses,
+        n_evaluations=facts.n_evaluations or None,
+        converged=facts.converged,
         norm=None if total.norm == "sum" else total.norm,
         score_path=_score_path(total),
-        leap=total.leap,
+        leap=facts.leap,
     )
 
 
 def _score_path(total: LayerTotal) -> Tensor | None:
-    known = total.score_difference is not None and total.path
-    return torch.tensor(sorted(total.path.items())).T if known else None
+    known = total.is_integral and total.facts.scores
+    return torch.tensor(sorted(total.facts.scores.items())).T if known else None
 
 
 def single_result(
@@ -121,12 +123,12 @@ def warn_unless_converged(
     layers: Sequence[LayerColumns], joint: bool, output_tokens: Sequence[str]
 ) -> None:
     """Warn once where attributions miss the score difference that they ought to sum to."""
-    delta, difference = _stack([x.delta for x in layers]), _stack([x.difference for x in layers])
-    if delta is None or difference is None:
+    layers = layers[:1] if joint else layers
+    relative = _stack([layer.misses for layer in layers])
+    if relative is None:
         return
-    if joint:
-        delta, difference = _joint_delta(layers)[None], difference[:1]
-    relative = delta.abs() / difference.abs().clamp(min=1e-3)
+    # Of one target token the sequence is the token.
+    relative = relative[:, :1] if len(output_tokens) == 1 else relative
     unmet = sum(layer.converged is False for layer in layers)
     if unmet or (relative > ACCEPTED_DELTA).any():
         warn(_not_converged(relative, unmet, output_tokens))
@@ -167,7 +169,9 @@ def warn_of_zeros(by_site: Mapping[Site, LayerTotal]) -> None:
 
 def _not_converged(relative: Tensor, unmet: int, output_tokens: Sequence[str]) -> str:
     worst = int(relative.amax(0).argmax())
-    what = repr(output_tokens[worst]) if relative.size(1) == len(output_tokens) else "the sequence"
+    per_token = relative.size(1) >= len(output_tokens)
+    named = per_token and worst < len(output_tokens)
+    what = repr(output_tokens[worst]) if named else "the sequence"
     if unmet:
         return (
             f"integrated gradients have not converged: max_rows was spent first on {unmet} of "

@@ -47,8 +47,7 @@ class ConductanceWalk(PathWalk):
             self._add(points, forward[None], None, [totals])
 
         self.halving(add, len(alphas) - 1)
-        for site in self.chain:
-            totals[site].n_evaluations += len(alphas)
+        self.count(totals, len(alphas))
 
     def add_intervals(
         self,
@@ -69,8 +68,8 @@ class ConductanceWalk(PathWalk):
 
         self.halving(add, len(ends))
 
-    def sums(self, totals: Mapping[Site, LayerTotal], targets: slice | None) -> Tensor:
-        return torch.stack([self.summed(totals[site], targets) for site in self.whole])
+    def sums(self, totals: Mapping[Site, LayerTotal]) -> Tensor:
+        return torch.stack([self.summed(totals[site]) for site in self.whole])
 
     def _add(
         self,
@@ -88,7 +87,7 @@ class ConductanceWalk(PathWalk):
         at_ends = {} if ends is None else self._read_at(ends)
         with writing(self._values_at(points)), reading(self.chain) as read:
             scored = self._run(len(points), self.replayed, self.chain)
-        self.note(points, scored)
+        self.note(points, scored.sequence_score())
         factors = {s: _changed(changes, read[s].detach(), at_ends.get(s)) for s in self.chain}
         wrt = [read[site] for site in self.chain]
         for output, gradients in scored.gradients(

@@ -20,16 +20,18 @@ from captum_llm_ext.model_parts import token_embedding
 from captum_llm_ext.model_pass import TargetSpan, TeacherForcing
 from captum_llm_ext.path_walk import Blocks, PathWalk
 from captum_llm_ext.places import place_states
-from captum_llm_ext.totals import LayerTotal, Plan
+from captum_llm_ext.totals import LayerTotal, Plan, judge
 
 
 def attribute_layers(
     forcing: TeacherForcing, rule: Rule, sites: Sequence[Site], start: PathStart | None, plan: Plan
 ) -> dict[Site, LayerTotal]:
-    """Attributions of every site, by the rule. `start` is needed by path rules only."""
+    """Attributions of every site, by the rule. `start` is needed by path rules only.
+
+    Of conductance the sites hold the token embeddings, whose path it is: see `with_embeddings`.
+    """
     totals: dict[Site, LayerTotal] = {}
-    sites = with_embeddings(sites, forcing.model) if is_conductance(rule) else sites
-    for span in forcing.spans(plan.per_token, plan.rows, plan.causal, _divides(rule, plan)):
+    for span in forcing.spans(plan.per_token, plan.rows, plan.causal, divides(rule, plan)):
         ends, blocks = _trace(forcing, span, sites, plan)
         for site in sites:
             end = ends[site]
@@ -48,7 +50,11 @@ def attribute_layers(
                 _add_path(ConductanceWalk(*known, whole[:1], alive, whole), totals)
                 continue
             for chain in [alive] if plan.joint else [[site] for site in alive]:
-                _add_path(PathWalk(*known, chain), totals)
+                path = PathWalk(*known, chain)
+                _add_path(path, totals)
+            for site in set(sites) - set(alive) if plan.joint else ():
+                path.add_facts(totals[site].facts)
+    judge(list(totals.values()), plan.joint)
     return totals
 
 
@@ -69,7 +75,7 @@ def holds_whole_state(site: Site, model: nn.Module) -> bool:
     return site.module in [token_embedding(model), *whole_blocks(model)]
 
 
-def _divides(rule: Rule, plan: Plan) -> bool:
+def divides(rule: Rule, plan: Plan) -> bool:
     """Whether several shorter passes can be cheaper: not where all targets are needed at once."""
     adaptive = isinstance(rule, PathRule) and rule.tolerance is not None
     return not adaptive and plan.forward_mode is False
@@ -116,9 +122,8 @@ def _add_path(path: PathWalk, totals: Mapping[Site, LayerTotal]) -> None:
         path.walk(totals)
     else:
         walk_adaptively(path, totals)
-    if path.rule.is_integral:
-        for site in path.chain:
-            path.add_difference(totals[site])
+    for site in path.chain:
+        path.add_facts(totals[site].facts)
 
 
 def _add_point(

@@ -36,8 +36,9 @@ def position_groups(column_at: Tensor, moved: Tensor) -> list[Tensor]:
 
 def derivatives(
     run: Callable[[Tensor], Pass], values: Tensor, directions: Tensor, positions: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Derivatives (rows, n_output) of the token scores and (rows,) of the sequence score.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Derivatives (rows, n_output) of the token scores and (rows,) of the sequence score, and
+    that score (rows,).
 
     In the directions (rows or 1, length, …) of the layer's values (rows, length, …), at some
     positions. Raises NotImplementedError or RuntimeError where the model has an operation that
@@ -48,6 +49,7 @@ def derivatives(
     with torch.no_grad(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
         scored = run(forward_ad.make_dual(values, tangent))
         tokens = forward_ad.unpack_dual(scored.token_scores()).tangent
-        sequence = forward_ad.unpack_dual(scored.sequence_score()).tangent
+        score, sequence = forward_ad.unpack_dual(scored.sequence_score())
     zero = values.new_zeros(len(values), scored.logits.size(1))
-    return zero if tokens is None else tokens, zero[:, 0] if sequence is None else sequence
+    tokens = zero if tokens is None else tokens
+    return tokens, zero[:, 0] if sequence is None else sequence, score

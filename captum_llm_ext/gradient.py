@@ -41,7 +41,13 @@ from captum_llm_ext.compat import (
     GradientAttribution,
     InterpretableInput,
 )
-from captum_llm_ext.differentiate import attribute_layers, holds_whole_state, is_conductance
+from captum_llm_ext.differentiate import (
+    attribute_layers,
+    divides,
+    holds_whole_state,
+    is_conductance,
+    with_embeddings,
+)
 from captum_llm_ext.encoder_decoder import check_start
 from captum_llm_ext.forward_mode import is_cheaper
 from captum_llm_ext.hooks import evaluating, frozen_parameters, without_checkpointing
@@ -336,10 +342,12 @@ class _Job:
         self, rules: Sequence[Rule], starts: Sequence[PathStart | None], show_progress: bool
     ) -> Mapping[Site, LayerTotal]:
         """Attributions by site, averaged over trials, each with its rule and its path's start."""
+        walked = is_conductance(rules[0])
+        sites = with_embeddings(self.sites, self.forcing.model) if walked else self.sites
         with tqdm(total=sum(map(self._rows, rules)), disable=not show_progress) as bar:
             plan = replace(self.plan, advance=bar.update)
             runs = [
-                attribute_layers(self.forcing, rule, self.sites, start, plan)
+                attribute_layers(self.forcing, rule, sites, start, plan)
                 for rule, start in zip(rules, starts, strict=True)
             ]
         return {site: LayerTotal.mean([run[site] for run in runs]) for site in runs[0]}
@@ -347,12 +355,12 @@ class _Job:
     def _rows(self, rule: Rule) -> int:
         """Rows that the rule will differentiate."""
         plan = self.plan
-        spans = len(self.forcing.spans(plan.per_token, plan.rows, plan.causal))
-        if isinstance(rule, PathRule) and rule.tolerance is not None:
-            return rule.max_rows * (1 if plan.joint else len(self.sites))
+        spans = self.forcing.spans(plan.per_token, plan.rows, plan.causal, divides(rule, plan))
         if not isinstance(rule, PathRule):
-            return spans
-        return spans * len(rule.points) * (1 if plan.joint else len(self.sites))
+            return len(spans)
+        paths = 1 if plan.joint or rule.is_conductance else len(self.sites)
+        points = len(rule.points) if rule.tolerance is None else rule.max_rows
+        return len(spans) * points * paths
 
 
 def _forward_mode(asked: bool | None, rule: Rule, possible: bool, cheap: bool) -> bool | None:

@@ -18,6 +18,7 @@ from captum_llm_ext.memory import Halving
 from captum_llm_ext.methods import PathRule
 from captum_llm_ext.model_pass import Pass, TargetSpan, TeacherForcing
 from captum_llm_ext.path import LEAP, NEAR_START
+from captum_llm_ext.path_facts import PathFacts, difference_floor
 from captum_llm_ext.totals import LayerTotal, Plan
 
 logger = logging.getLogger(__name__)
@@ -70,8 +71,13 @@ class PathWalk:
         weights = torch.tensor(self.rule.weights).tensor_split(chunks)
         for alphas, shares in zip(points, weights, strict=True):
             self.add_rows(alphas, shares, [totals])
+        self.count(totals, len(self.rule.points))
+
+    def count(self, totals: Mapping[Site, LayerTotal], n_points: int) -> None:
+        """Note how many points of the path had their gradient taken."""
         for site in self.chain:
-            totals[site].n_evaluations += len(self.rule.points)
+            facts = totals[site].facts
+            facts.n_evaluations = max(facts.n_evaluations, n_points)
 
     def add_intervals(
         self,
@@ -115,7 +121,7 @@ class PathWalk:
         fresh = [
             ({site: total[site].empty() for site in self.chain}, rows) for total, rows in totals
         ]
-        if not self._add_forward(values, factors, fresh):
+        if not self._add_forward(alphas, values, factors, fresh):
             self._add_backward(alphas, values, factors, fresh)
         for (total, _), (new, _) in zip(totals, fresh, strict=True):
             for site in self.chain:
@@ -131,7 +137,7 @@ class PathWalk:
         """One backward pass per target token."""
         with writing(values), reading(self.chain) as read:
             scored = self._run(len(alphas), self.replayed, self.chain)
-        self.note(alphas, scored)
+        self.note(alphas, scored.sequence_score())
         wrt = [read[site] for site in self.chain]
         for output, gradients in scored.gradients(
             wrt, self.plan.per_token, **self.plan.grad_kwargs
@@ -142,7 +148,11 @@ class PathWalk:
                     total[site].add(output, part.sum(0))
 
     def _add_forward(
-        self, values: Mapping[Site, Tensor], factors: Mapping[Site, Tensor], totals: Shared
+        self,
+        alphas: Tensor,
+        values: Mapping[Site, Tensor],
+        factors: Mapping[Site, Tensor],
+        totals: Shared,
     ) -> bool:
         """One pass with tangents per feature, whose attribution goes to its first position.
 
@@ -166,7 +176,8 @@ class PathWalk:
             logger.info("no forward mode in this model (%s): going backward", error)
             self.groups = []
             return False
-        for group, (tokens, sequence) in zip(self.groups, found, strict=True):
+        for group, (tokens, sequence, scores) in zip(self.groups, found, strict=True):
+            self.note(alphas, scores)
             for total, token_part, part in _shares(totals, tokens, sequence):
                 total[site].add_at(group[0], self.span.start, token_part.sum(0), part.sum(0))
         return True
@@ -196,28 +207,38 @@ class PathWalk:
 
     @torch.no_grad()
     def scores(self, alphas: Tensor) -> Tensor:
-        """Scores (rows, n) at the points: of the span's tokens, or of the sequence alone."""
+        """Scores (rows, n_checks) at the points: of the span's tokens and the sequence of them, or
+        of that alone."""
         values = {site: self._values(site, alphas)[0] for site in self.moved}
 
         def score(rows: slice) -> Tensor:
             with writing(_part(values, rows)):
                 scored = self._run(rows.stop - rows.start, self.replayed)
-            self.note(alphas[rows], scored)
+            self.note(alphas[rows], scored.sequence_score())
             return self.asked_scores(scored)
 
         return torch.cat(self.halving(score, len(alphas)))
 
-    def sums(self, totals: Mapping[Site, LayerTotal], targets: slice | None) -> Tensor:
-        """What ought to be the score difference, (checks, n): of the sequence, or of `targets`."""
-        parts = [self.summed(totals[site], targets) for site in self.chain]
-        return torch.stack(parts).sum(0, keepdim=True)
+    def sums(self, totals: Mapping[Site, LayerTotal]) -> Tensor:
+        """What ought to be the score differences, (layers or 1, n_checks)."""
+        return torch.stack([self.summed(totals[site]) for site in self.chain]).sum(0, keepdim=True)
 
-    @staticmethod
-    def summed(total: LayerTotal, targets: slice | None) -> Tensor:
-        return total.sequence.sum()[None] if targets is None else total.tokens[targets].sum(1)
+    def summed(self, total: LayerTotal) -> Tensor:
+        return total.sums(slice(self.span.start, self.span.stop))
 
     def asked_scores(self, scored: Pass) -> Tensor:
-        return scored.token_scores() if self.plan.per_token else scored.sequence_score()[:, None]
+        sequence = scored.sequence_score()[:, None]
+        return torch.cat([scored.token_scores(), sequence], 1) if self.plan.per_token else sequence
+
+    @property
+    def scale(self) -> Tensor:
+        """(n_checks,) what a mismatch is relative to: the difference of the sequence score; of a
+        token's probability the probability."""
+        floor = difference_floor(self.at_ends, self.forcing.target.is_additive)
+        sequence = (self.at_ends[1] - self.at_ends[0]).abs().clamp(min=floor)[-1:]
+        if self.forcing.target.is_additive:
+            return sequence.expand_as(floor)
+        return torch.cat([self.at_ends.abs().amax(0)[:-1], sequence])
 
     def _values(self, site: Site, alphas: Tensor) -> tuple[Tensor, Tensor]:
         """The layer's values (rows, …) at the points, and their difference (rows or 1, …)."""
@@ -237,7 +258,7 @@ class PathWalk:
 
     @torch.no_grad()
     def _scored_ends(self) -> tuple[int, Tensor]:
-        """How many blocks can be replayed, and the scores (2, n) at the path's start and end.
+        """How many blocks can be replayed, and the scores (2, n_checks) at the start and end.
 
         A third row, next to the start, tells whether the score leaps there.
 
@@ -251,14 +272,13 @@ class PathWalk:
             if replayed and not self._is_models_own(scored):
                 logger.info("blocks cannot be replayed in this model: running all of them")
                 replayed, scored = 0, self._run(3, 0)
-        self.note(torch.tensor([0.0, 1.0, NEAR_START]), scored)
+        self.note(torch.tensor([0.0, 1.0, NEAR_START]), scored.sequence_score())
         self.leap = _leap(scored)
         return replayed, self.asked_scores(scored)[:2]
 
-    def note(self, alphas: Tensor, scored: Pass) -> None:
-        """Keep the sequence score at the points, for the picture of the path."""
-        found = scored.sequence_score().detach()
-        self.seen.update(zip(alphas.tolist(), found.tolist(), strict=True))
+    def note(self, alphas: Tensor, scores: Tensor) -> None:
+        """Keep the sequence scores (rows,) at the points, for the picture of the path."""
+        self.seen.update(zip(alphas.tolist(), scores.detach().tolist(), strict=True))
 
     def _is_models_own(self, scored: Pass) -> bool:
         scores = scored.token_scores()[1]
@@ -266,15 +286,11 @@ class PathWalk:
         allowed = tolerance * self.blocks.scores.abs().clamp(min=1)
         return bool(((scores - self.blocks.scores).abs() <= allowed).all())
 
-    def add_difference(self, total: LayerTotal) -> None:
-        """Add score(end) − score(start) of the span's tokens, or of the sequence alone."""
-        per_token = self.plan.per_token
-        place = slice(self.span.start, self.span.stop) if per_token else slice(0, 1)
-        difference = self.at_ends[1] - self.at_ends[0]
-        if total.score_difference is not None:
-            total.score_difference[place] += difference.to(total.tokens.device)
-        total.leap = max(total.leap, self.leap)
-        total.add_path(self.seen)
+    def add_facts(self, facts: PathFacts) -> None:
+        """Add what is known of the path, of a layer on it."""
+        facts.add_ends(self.at_ends, self.span.start, self.span.stop)
+        facts.add_scores(self.seen)
+        facts.leap = max(facts.leap, self.leap)
 
 
 def _ends(start: Tensor, end: Tensor) -> Tensor:

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from captum_llm_ext.methods import NORMS, PathRule, Rule
 from captum_llm_ext.model_pass import TeacherForcing
+from captum_llm_ext.path_facts import PathFacts
+
+SUMS = ("tokens", "sequence", "hidden")
 
 
 @dataclass(frozen=True)
@@ -34,12 +37,8 @@ class LayerTotal:
 
     cut: how many first positions are left out, being no features or none of the layer's; tokens:
     (n_output, length) per target token, combined over hidden units; sequence: (length, hidden) of
-    the sequence score, or
-    (length, 1) where only the sum over hidden units is needed; hidden: (n_output, length, hidden)
-    or None; score_difference: (n_output,) or (1,) between the
-    ends of the path, or None; n_evaluations: path points whose gradient was taken; converged:
-    whether adaptive quadrature met its tolerance, or None; path: the sequence score at points
-    of the path; leap: the share of the score difference next to the path's start, where it leaps.
+    the sequence score, or (length, 1) where only the sum over hidden units is needed; hidden:
+    (n_output, length, hidden) or None; facts: what is known of the layer's path.
     """
 
     def __init__(
@@ -58,51 +57,52 @@ class LayerTotal:
         norm = self.norm = rule.norm
         width = value[0, 0].numel() if value.dim() > 1 else 1
         self.keeps_hidden = plan.keep_hidden or norm != "sum"
-        self.is_additive = forcing.target.is_additive
+        self.per_token = plan.per_token
+        self.is_integral = isinstance(rule, PathRule) and rule.is_integral
         self.tokens = torch.zeros(n_output, length, device=device)
         self.sequence = torch.zeros(length, width if self.keeps_hidden else 1, device=device)
         keep = plan.keep_hidden and plan.per_token
         self.hidden = torch.zeros(n_output, length, width, device=device) if keep else None
-        is_integral = isinstance(rule, PathRule) and rule.is_integral
-        n_scores = n_output if plan.per_token else 1
-        self.score_difference = torch.zeros(n_scores, device=device) if is_integral else None
-        self.n_evaluations = 0
-        self.path: dict[float, float] = {}
-        self.leap = 0.0
-        self.converged: bool | None = None
+        n_checks = n_output + 1 if plan.per_token else 1
+        self.facts = PathFacts(torch.zeros(2, n_checks, device=device), forcing.target.is_additive)
 
     @classmethod
     def mean(cls, totals: Sequence[LayerTotal]) -> LayerTotal:
         """The mean over trials."""
         mean = copy(totals[0])
-        for name in ("tokens", "sequence", "hidden", "score_difference"):
+        for name in SUMS:
             if getattr(mean, name) is not None:
                 setattr(mean, name, torch.stack([getattr(t, name) for t in totals]).mean(0))
-        mean.n_evaluations = sum(total.n_evaluations for total in totals)
-        mean.converged = _all([total.converged for total in totals])
-        mean.leap = max(total.leap for total in totals)
-        mean.path = mean.path if len(totals) == 1 else {}
+        mean.facts = PathFacts.of_runs([total.facts for total in totals])
         return mean
 
     def empty(self) -> LayerTotal:
         """A total of the same layer with nothing added yet."""
         new = copy(self)
-        for name in ("tokens", "sequence", "hidden"):
+        for name in SUMS:
             if getattr(new, name) is not None:
                 setattr(new, name, torch.zeros_like(getattr(new, name)))
         return new
 
     def add_total(self, other: LayerTotal) -> None:
         """Add the attributions of another total of the same layer."""
-        for name in ("tokens", "sequence", "hidden"):
+        for name in SUMS:
             if getattr(self, name) is not None:
                 getattr(self, name).add_(getattr(other, name))
 
-    def add_path(self, seen: Mapping[float, float]) -> None:
-        """Add the scores of another part of the sequence, at the points where all are known."""
-        if self.path:
-            seen = {a: self.path[a] + score for a, score in seen.items() if a in self.path}
-        self.path = dict(seen)
+    def sums(self, targets: slice = slice(None)) -> Tensor:
+        """What ought to be score differences: of `targets` and the sequence, or of it alone."""
+        sequence = self.sequence.sum()[None]
+        return torch.cat([self.tokens[targets].sum(1), sequence]) if self.per_token else sequence
+
+    @property
+    def score_difference(self) -> Tensor | None:
+        """(n_output,) between the ends of the path, or (1,) of the sequence, or None."""
+        if not self.is_integral:
+            return None
+        return (
+            self.facts.difference[: len(self.tokens)] if self.per_token else self.facts.difference
+        )
 
     @property
     def is_cut_off(self) -> bool:
@@ -122,7 +122,7 @@ class LayerTotal:
         end = part.size(0)
         part = part.reshape(end, -1).to(self.tokens.device, torch.float32)
         part = part if self.keeps_hidden else part.sum(-1, keepdim=True)
-        if output is None or self.is_additive:
+        if output is None or self.facts.is_additive:
             self.sequence[:end] += part
         if output is None:
             return
@@ -131,5 +131,11 @@ class LayerTotal:
             self.hidden[output, :end] += part
 
 
-def _all(known: Sequence[bool | None]) -> bool | None:
-    return None if None in known else all(known)
+def judge(totals: Sequence[LayerTotal], together: bool) -> None:
+    """Compare sums with score differences: of each layer, or of all that moved together."""
+    if not all(total.is_integral for total in totals):
+        return
+    for group in [totals] if together else [[total] for total in totals]:
+        sums = torch.stack([total.sums() for total in group]).sum(0)
+        for total in group:
+            total.facts.judge(sums)

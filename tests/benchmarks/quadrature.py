@@ -41,7 +41,10 @@ def all_above_their_share(
 
 
 def halves_against_the_whole(halved: Any) -> Any:
-    """The classic estimate: how far the attributions of both halves are from their parent's."""
+    """The classic estimate: how far the attributions of both halves are from their parent's.
+
+    The first intervals, which have no parent, keep the mismatch of their sums.
+    """
 
     def halve(path: Any, like: Any, parents: Any) -> Any:
         halves = halved(path, like, parents)
@@ -50,18 +53,11 @@ def halves_against_the_whole(halved: Any) -> Any:
             for site, total in parent.totals.items():
                 both = pair[0].totals[site].sequence + pair[1].totals[site].sequence
                 for half in pair:
-                    half.estimate = float((both - total.sequence).norm()) / 2
+                    half.error = float((both - total.sequence).norm() / path.scale[-1]) / 2
         return halves
 
     return halve
 
-
-def estimated(interval: Any, path: Any) -> float:
-    """The classic estimate, and for the first intervals the mismatch of the sums."""
-    return getattr(interval, "estimate", None) or adaptive_error(interval, path)
-
-
-adaptive_error = adaptive._error
 
 # What is replaced in adaptive.py, and rows per pass where those are another number than ROWS.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -76,7 +72,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "48 rows in a pass, so at most 8": {"rows": 48},
     "error estimated by the halves against the whole": {
         "_halved": halves_against_the_whole(adaptive._halved),
-        "_error": estimated,
     },
 }
 ROWS = 24
