@@ -149,7 +149,7 @@ class LLMAttentionAttribution(BaseLLMAttribution):
         read = read_cross_attention if crosses else read_attention
         layers, log_probs = read(forcing, wanted)
         if include_generated:
-            features = features.with_generated(tokens)
+            features = features.with_generated(forcing.target.ids, self.tokenizer)
         return self._result(layers, log_probs, features, tokens, inp, prompt)
 
     def _result(

@@ -235,7 +235,7 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
         with _differentiable(self.model), dequantized_products(self.model):
             check_gradients(forcing)
             if include_generated:
-                features = features.with_generated(tokens)
+                features = features.with_generated(forcing.target.ids, self.tokenizer)
             forcing, probe, causal = self._probed(forcing, features, reuse_prefix)
             joint = layer_mode == "joint" and len(self._sites) > 1
             possible = include_per_token_attr and not (include_hidden_attr or joint)

@@ -74,10 +74,7 @@ def reading(sites: Sequence[Site]) -> Iterator[dict[Site, Tensor]]:
     def recorder(site: Site) -> Change:
         def record(tensor: Tensor) -> Tensor:
             if site in read:
-                raise ValueError(
-                    f"layer {site.name!r} runs more than once in a forward pass, so its "
-                    "attribution is not defined; choose one that runs once, e.g. a decoder block"
-                )
+                raise _runs_again(site)
             read[site] = tensor if tensor.requires_grad else tensor.detach().requires_grad_()
             return read[site].clone()
 
@@ -87,6 +84,13 @@ def reading(sites: Sequence[Site]) -> Iterator[dict[Site, Tensor]]:
         for site in sites:
             stack.callback(_attach(site, recorder(site)).remove)
         yield read
+
+
+def _runs_again(site: Site) -> ValueError:
+    return ValueError(
+        f"layer {site.name!r} runs more than once in a forward pass, so its attribution is not "
+        "defined; choose one that runs once, e.g. a decoder block"
+    )
 
 
 @contextmanager
@@ -182,6 +186,8 @@ def tracing(
         def recorder(site: Site) -> Change:
             def record(tensor: Tensor) -> Tensor:
                 depends = tensor.requires_grad or not leaves
+                if depends and site in states:
+                    raise _runs_again(site)
                 states[site] = LayerState(tensor.detach().clone(), depends, len(outputs))
                 return tensor
 

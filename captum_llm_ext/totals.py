@@ -100,9 +100,7 @@ class LayerTotal:
         """(n_output,) between the ends of the path, or (1,) of the sequence, or None."""
         if not self.is_integral:
             return None
-        return (
-            self.facts.difference[: len(self.tokens)] if self.per_token else self.facts.difference
-        )
+        return self.facts.difference[: len(self.tokens) if self.per_token else 1]
 
     @property
     def is_cut_off(self) -> bool:

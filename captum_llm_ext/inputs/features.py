@@ -57,8 +57,12 @@ class Features:
         values = self.value_at(length)
         return torch.where(values < 0, -1, self.column_of[values.clamp(min=0)])
 
-    def with_generated(self, tokens: list[str]) -> Features:
-        """The same with each target token as a feature; the last one is never fed to the model."""
+    def with_generated(self, ids: Tensor, tokenizer: Any) -> Features:
+        """The same with each target token as a feature; the last one is never fed to the model.
+
+        Named as the vocabulary has them, like the prompt's, so that words can be told apart.
+        """
+        tokens = [str(token) for token in tokenizer.convert_ids_to_tokens(ids.tolist())]
         added = torch.arange(len(tokens), device=self.value_of.device)
         return replace(
             self,
