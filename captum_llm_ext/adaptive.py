@@ -79,7 +79,7 @@ def _measure(
 ) -> list[Interval]:
     """The intervals between these edges, with the scores there, and their attributions."""
     intervals = [
-        Interval(*ends, {site: like[site].empty() for site in path.chain}, *at_ends)
+        Interval(*ends, {site: like[site].empty(hidden=False) for site in path.chain}, *at_ends)
         for ends, at_ends in zip(edges, scores, strict=True)
     ]
     _add_gradients(path, intervals)
@@ -100,7 +100,12 @@ def _halved(
     return _measure(path, like, edges, scores)
 
 
-def _add_gradients(path: PathWalk, intervals: Sequence[Interval]) -> None:
+def _add_gradients(
+    path: PathWalk,
+    intervals: Sequence[Interval],
+    into: Mapping[Site, LayerTotal] | None = None,
+) -> None:
+    """Add the gradients of each interval to its own totals, or of all of them to `into`."""
     nodes, weights = np.polynomial.legendre.leggauss(POINTS)
     at_once = max(1, path.plan.rows // POINTS)
     for i in range(0, len(intervals), at_once):
@@ -108,7 +113,8 @@ def _add_gradients(path: PathWalk, intervals: Sequence[Interval]) -> None:
         points = [x.middle + (x.stop - x.start) / 2 * nodes for x in chunk]
         shares = [(x.stop - x.start) / 2 * weights for x in chunk]
         ends = [(x.start, x.stop) for x in chunk]
-        path.add_intervals(_floats(points), _floats(shares), ends, [x.totals for x in chunk])
+        totals = [into or x.totals for x in chunk]
+        path.add_intervals(_floats(points), _floats(shares), ends, totals)
 
 
 def _floats(arrays: Sequence[np.ndarray]) -> Tensor:
@@ -143,9 +149,24 @@ def _add_up(
     n_rows: int,
     converged: bool,
 ) -> None:
+    _add_hidden(path, totals, intervals)
     for site in path.chain:
         for interval in sorted(intervals, key=lambda x: x.start):
             totals[site].add_total(interval.totals[site])
         facts = totals[site].facts
         facts.converged = converged and facts.converged is not False
     path.count(totals, n_rows)
+
+
+def _add_hidden(
+    path: PathWalk, totals: Mapping[Site, LayerTotal], intervals: Sequence[Interval]
+) -> None:
+    """Add what is kept of hidden units, too large to be held for each interval: once more."""
+    if all(totals[site].hidden is None for site in path.chain):
+        return
+    fresh = {site: totals[site].empty() for site in path.chain}
+    _add_gradients(path, intervals, into=fresh)
+    for site, total in fresh.items():
+        hidden, found = totals[site].hidden, total.hidden
+        if hidden is not None and found is not None:
+            hidden += found

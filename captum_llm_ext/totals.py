@@ -76,9 +76,10 @@ class LayerTotal:
         mean.facts = PathFacts.of_runs([total.facts for total in totals])
         return mean
 
-    def empty(self) -> LayerTotal:
-        """A total of the same layer with nothing added yet."""
+    def empty(self, hidden: bool = True) -> LayerTotal:
+        """A total of the same layer with nothing added yet, with or without hidden units."""
         new = copy(self)
+        new.hidden = new.hidden if hidden else None
         for name in SUMS:
             if getattr(new, name) is not None:
                 setattr(new, name, torch.zeros_like(getattr(new, name)))
@@ -87,7 +88,7 @@ class LayerTotal:
     def add_total(self, other: LayerTotal) -> None:
         """Add the attributions of another total of the same layer."""
         for name in SUMS:
-            if getattr(self, name) is not None:
+            if getattr(other, name) is not None:
                 getattr(self, name).add_(getattr(other, name))
 
     def sums(self, targets: slice = slice(None)) -> Tensor:

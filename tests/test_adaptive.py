@@ -10,6 +10,7 @@ import torch
 from captum.attr import LayerIntegratedGradients
 
 from captum_llm_ext import LLMGradientAttribution, chat_input, segment_input
+from captum_llm_ext.totals import LayerTotal
 from tests.cases import prompt_input, target_ids
 from tests.families import BidirectionalToy, CausalToy, tiny_model, tiny_tokenizer
 from tests.template_cases import OTHER_LENGTH, chat_tokenizer, template_input
@@ -254,3 +255,20 @@ def test_every_kind_of_input(kind: str, layer: Any, more: dict[str, Any]) -> Non
     assert found.converged is True
     scale = dense.token_attr.abs().max()
     assert (found.token_attr - dense.token_attr).abs().max() <= 0.03 * scale
+
+
+def test_hidden_units_are_not_held_for_each_interval() -> None:
+    """Their sum over hidden units is the attribution, whatever is held on the way."""
+    model, held = tiny_model("llama"), []
+    empty = LayerTotal.empty
+
+    def noted(total: LayerTotal, hidden: bool = True) -> LayerTotal:
+        held.append(hidden)
+        return empty(total, hidden)
+
+    options = {"method": "adaptive", "tol": 0.01, "include_hidden_attr": True}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LayerTotal, "empty", noted)
+        result = integrated(model, "model.layers.1", **options)
+    assert held.count(False) > result.n_evaluations / 3 - 1
+    torch.testing.assert_close(result.hidden_attr.sum(-1), result.token_attr, atol=1e-5, rtol=1e-4)
