@@ -3,7 +3,7 @@
 `python -m tests.benchmarks.faithfulness` prints the table of the prompts that were held out, writes
 results/faithfulness_holdout.json and puts the table into docs/faithfulness.md; `--half choosing`
 does so for those on which `TwoStageAblation` was chosen, with the candidates that lost. Every
-prompt is written as it is done, and skipped when the command is run again; without its file it
+prompt is written as it is done, and what the file has of it is not run again; without its file it
 starts anew. In nats; one thread.
 """
 
@@ -110,9 +110,9 @@ def as_prompt(entry: dict[str, Any]) -> Any:
     return entry.get("messages", entry.get("text"))
 
 
-def of_prompt(model: Any, tokenizer: Any, entry: dict[str, Any], half: str) -> list[dict]:
+def of_prompt(model: Any, tokenizer: Any, entry: dict[str, Any], asked: dict[str, Any]) -> list:
     """A row for each method: its measures and its cost."""
-    costs = {label: Cost(method) for label, method in methods(half).items()}
+    costs = {label: Cost(method) for label, method in asked.items()}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="integrated gradients have not converged")
         found = compare_methods(
@@ -185,8 +185,10 @@ def main() -> None:
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
     model, tokenizer = load_demo_model()
     for entry in json.loads(PROMPTS.read_text())[half]:
-        if entry["name"] not in {row["prompt"] for row in rows}:
-            rows += of_prompt(model, tokenizer, entry, half)
+        known = {row["method"] for row in rows if row["prompt"] == entry["name"]}
+        asked = {label: method for label, method in methods(half).items() if label not in known}
+        if asked:
+            rows += of_prompt(model, tokenizer, entry, asked)
             written = {"machine": machine_facts(), "rows": rows}
             path.write_text(json.dumps(written, indent=1, ensure_ascii=False) + "\n")
             print(entry["name"], flush=True)
