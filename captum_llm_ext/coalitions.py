@@ -69,19 +69,12 @@ class Coalitions:
 
 
 def teacher_forcing(
-    model: nn.Module,
-    tokenizer: Any,
-    inp: InterpretableInput,
-    target: str | Tensor | None,
-    gen_args: dict[str, Any] | None = None,
-    attr_target: str = "log_prob",
-    contrast_target: str | Tensor | None = None,
+    model: nn.Module, tokenizer: Any, inp: InterpretableInput, request: Request
 ) -> TeacherForcing:
     """The whole prompt of an input with the target that is given, or that the model generates."""
     device = getattr(model, "device", None) or next(model.parameters()).device
     device = input_device(model, device)
     prompt = prompt_ids(inp, None, tokenizer, device)
-    request = Request(target, gen_args, contrast_target, attr_target)
     forcing = task_of(model).forcing(model, tokenizer, prompt[None], request)
     check_ids(forcing)
     check_context(forcing)

@@ -54,11 +54,7 @@ from captum_llm_ext.model_pass import Pass, TeacherForcing, tokens_per_pass
 from captum_llm_ext.prefix_cache import FEWEST_REUSED, PrefixCache, can_be_cut, keeps_cache
 from captum_llm_ext.quantized import dequantized_products, quietly
 from captum_llm_ext.result import LLMAttributionResult
-from captum_llm_ext.targets import (
-    GRADIENT_TARGETS,
-    check_attr_target,
-    without_tokens,
-)
+from captum_llm_ext.targets import GRADIENT_TARGETS, check_attr_target
 from captum_llm_ext.tasks import Request, task_of
 from captum_llm_ext.totals import LayerTotal, Plan
 
@@ -216,8 +212,7 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
             warn_of_dropout(self.model)
             device = input_device(self.model, self.device)
             features = read_features(inp, self.tokenizer, device)
-            target = without_tokens(self.tokenizer, target, skip_tokens)
-            request = Request(target, gen_args, contrast_target, self.attr_target)
+            request = Request(target, gen_args, contrast_target, self.attr_target, skip_tokens)
             task = task_of(self.model)
             forcing = task.forcing(self.model, self.tokenizer, features.prompt_ids, request)
             forcing = replace(forcing, dtype=dtype)

@@ -127,15 +127,10 @@ def encode_target(tokenizer: Any, target: str | Tensor | Sequence[int]) -> Tenso
 
 
 def without_tokens(
-    tokenizer: Any,
-    target: str | Tensor | None,
-    skip_tokens: Sequence[int] | Sequence[str] | None,
-) -> str | Tensor | None:
-    """A target that is given, without some tokens: `skip_tokens`, ids or strings."""
-    if target is None or not skip_tokens:
-        return target
-    ids = encode_target(tokenizer, target)
-    skipped = torch.tensor(token_ids(skip_tokens, tokenizer), device=ids.device)
+    ids: Tensor, skip_tokens: Sequence[int] | Sequence[str] | None, tokenizer: Any
+) -> Tensor:
+    """The ids (n_output,) of a target without some tokens: `skip_tokens`, ids or strings."""
+    skipped = torch.tensor(token_ids(skip_tokens, tokenizer), device=ids.device, dtype=ids.dtype)
     return _checked(ids[~torch.isin(ids, skipped)], "all tokens of the target are skipped")
 
 

@@ -175,7 +175,7 @@ def faithfulness(
         internal_batch_size,
         show_progress,
         attr_target=attr_target,
-        contrast_target=contrast_target,
+        contrast=contrast_target,
     )
     generator = generator or torch.Generator().manual_seed(0)
     attr = feature_attr(result, asked)
