@@ -135,17 +135,18 @@ def baseline_ids(
         for token in baselines.flatten().tolist():
             _check_id(token, model)
         return _per_position(baselines.long().to(ids.device), replaced, 0)
-    kind = ValueError if _is_embedding(baselines) else TypeError
+    kind = ValueError if _is_embedding(baselines) or isinstance(baselines, list) else TypeError
     raise kind(
         "expected a baseline of tokens (an id, a token string, 'pad', 'eos', 'unk', 'nearest' or a "
-        f"tensor of ids), or, for methods with gradients, of embeddings; got {baselines!r}"
+        "tensor of ids); embeddings ('zero', 'mean' or a tensor), and several in a list, are for "
+        f"methods with a path alone; got {_shown(baselines)}: pass baselines= with one of tokens"
     )
 
 
 def nearest_ids(ids: Tensor, rank: int, model: nn.Module) -> Tensor:
     """For each of `ids` (length,) the `rank`-th nearest other token by cosine of the embeddings."""
     size = token_embedding(model).weight.size(0)  # type: ignore[operator]
-    if not (isinstance(rank, int) and 1 <= rank < size):
+    if not (isinstance(rank, Integral) and 1 <= rank < size):
         raise ValueError(f"the rank of 'nearest' must be in 1…{size - 1}, got {rank!r}")
     unit = torch.nn.functional.normalize(embedded(torch.arange(size), model), dim=-1)
     index = ids.to(unit.device)
@@ -183,9 +184,23 @@ def needs_model(baselines: BaselineSpec) -> bool:
 
 
 def own_baseline(inp: InterpretableInput) -> BaselineSpec:
-    """The baseline that a token input was made with."""
+    """The baseline that a token input was made, or attributed, with."""
     named = getattr(inp, "named_baseline", None)
     return getattr(inp, "baselines", 0) if named is None else named
+
+
+def each_baseline(
+    baselines: BaselineSpec | list[BaselineSpec], inp: InterpretableInput
+) -> list[BaselineSpec]:
+    """The baselines to average over: those given, or those that the input was attributed with."""
+    given = getattr(inp, "named_baseline", None) if baselines is None else baselines
+    return given if isinstance(given, list) else [given]
+
+
+def _shown(baselines: Any) -> str:
+    if isinstance(baselines, Tensor):
+        return f"a tensor {tuple(baselines.shape)} of {baselines.dtype}"
+    return repr(baselines)
 
 
 def _nearest_rank(baselines: BaselineSpec) -> int | None:

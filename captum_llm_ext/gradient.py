@@ -23,7 +23,13 @@ from captum_llm_ext.assemble import (
     warn_of_zeros,
     warn_unless_converged,
 )
-from captum_llm_ext.baselines import BaselineSpec, PathStart, path_start, template_start
+from captum_llm_ext.baselines import (
+    BaselineSpec,
+    PathStart,
+    each_baseline,
+    path_start,
+    template_start,
+)
 from captum_llm_ext.checks import (
     check_causal,
     check_context,
@@ -45,7 +51,7 @@ from captum_llm_ext.differentiate import attribute_layers, holds_whole_state, is
 from captum_llm_ext.encoder_decoder import check_start
 from captum_llm_ext.forward_mode import is_cheaper
 from captum_llm_ext.hooks import evaluating, frozen_parameters, without_checkpointing
-from captum_llm_ext.inputs import Features, baseline_tokens, read_features
+from captum_llm_ext.inputs import Features, attributed_with, baseline_tokens, read_features
 from captum_llm_ext.layers import Site, resolve_sites
 from captum_llm_ext.memory import free_bytes
 from captum_llm_ext.methods import RULES, PathRule, Rule, read_rule
@@ -244,16 +250,16 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
             if isinstance(rule, PathRule):
                 warn_of_low_precision(forcing, probe, sites)
             trials = num_trials if isinstance(rule, PathRule) and _draws(rule, inp) else 1
-            several = baselines if isinstance(baselines, list) else [baselines]
             starts = [
                 self._path_start(rule, baseline, inp, features, forcing)
                 for _ in range(trials)
-                for baseline in several
+                for baseline in each_baseline(baselines, inp)
             ]
             more = [read_rule(self.attr_method, method_options) for _ in starts[1:]]
             job = _Job(forcing, sites, plan)
             totals = job.run([rule, *more], starts, show_progress)
-            return self._result(job, totals, features, tokens, inp, layer_mode)
+            known = attributed_with(inp, baselines)
+            return self._result(job, totals, features, tokens, known, layer_mode)
 
     def _probed(
         self, forcing: TeacherForcing, features: Features, reuse_prefix: bool
