@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.benchmarks import convergence, faithfulness, quadrature
+from tests.benchmarks import convergence, faithfulness, integrals, quadrature
 from tests.benchmarks.measure import RESULTS
 from tests.benchmarks.pages import filled, markdown
 
@@ -33,8 +33,8 @@ def test_the_page_shows_the_stored_results(
 
 
 def test_every_case_has_a_reference_that_two_rules_agree_on() -> None:
-    for name, baseline in convergence.pairs():
-        kept = json.loads(convergence.reference_file(name, baseline).read_text())
+    for name, baseline in integrals.pairs():
+        kept = json.loads(integrals.reference_file(name, baseline).read_text())
         assert kept["relative_difference"] <= 0.03
         assert abs(kept["adaptive_delta"]) <= 0.01 * abs(kept["score_difference"])
 
