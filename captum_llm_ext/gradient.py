@@ -54,7 +54,7 @@ from captum_llm_ext.hooks import evaluating, frozen_parameters, without_checkpoi
 from captum_llm_ext.inputs import Features, attributed_with, baseline_tokens, read_features
 from captum_llm_ext.layers import Site, resolve_sites
 from captum_llm_ext.memory import free_bytes
-from captum_llm_ext.methods import RULES, PathRule, Rule, read_rule
+from captum_llm_ext.methods import RULES, PathRule, Rule, check_baselines, read_rule
 from captum_llm_ext.model_parts import input_device
 from captum_llm_ext.model_pass import Pass, TeacherForcing, tokens_per_pass
 from captum_llm_ext.prefix_cache import FEWEST_REUSED, PrefixCache, can_be_cut, keeps_cache
@@ -156,7 +156,8 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
                 input's own), a token id, a token string, "pad", "eos", "unk", "zero", "mean" (of
                 all embeddings), "nearest" (each token's nearest other one) or ("nearest", n), a
                 tensor of ids or embeddings, for all positions or one each, or a list of several
-                of these, over which the attributions are averaged.
+                of these, over which the attributions are averaged. An error for methods that have
+                no path.
                 For a hidden layer it means that layer's output when the embeddings are so replaced.
             layer_mode: of several layers, "independent" (each as if it were alone) or "joint" (all
                 move along the path together).
@@ -213,6 +214,7 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
         _check_choices(layer_mode, num_trials, internal_batch_size, grad_kwargs, dtype)
         with _differentiable(self.model):
             rule = read_rule(self.attr_method, method_options)
+            check_baselines(rule, baselines, type(self.attr_method).__name__)
             if layer_mode == "joint" and is_conductance(rule):
                 raise ValueError("LayerConductance reads its layers: layer_mode='joint' moves them")
             warn_of_dropout(self.model)

@@ -22,7 +22,7 @@ from captum_llm_ext.display import draw_measures
 from captum_llm_ext.explain import (
     GRADIENT_METHODS,
     METHODS,
-    READOUT_METHODS,
+    WITHOUT_BASELINES,
     Prompt,
     as_input,
     explain,
@@ -273,7 +273,7 @@ def _as_function(method: Method, baselines: BaselineSpec) -> Attribute:
         options: dict[str, Any] = dict(given)
         if name in GRADIENT_METHODS:
             options.setdefault("include_per_token_attr", False)
-        takes_baselines = name not in READOUT_METHODS and isinstance(inp, CaptumTextTokenInput)
+        takes_baselines = name not in WITHOUT_BASELINES and isinstance(inp, CaptumTextTokenInput)
         if baselines is not None and takes_baselines:
             options.setdefault("baselines", baselines)
         return explain(model, tokenizer, inp, target, name, **options)
