@@ -102,6 +102,8 @@ def template_start(
     values: the token ids of each value's baseline; value_at: (length,) the value of each position
     of `ids` (1, length), -1 for none. Positions of no value here, such as earlier target tokens
     that are features too, have the neutral baseline.
+
+    Raises ValueError where a value has no position and its baseline has tokens.
     """
     absent = torch.zeros(len(values) + 1, dtype=torch.bool)
     absent[: len(values)] = torch.tensor([not value for value in values])
@@ -110,9 +112,15 @@ def template_start(
     new_ids, rows = start.ids.clone(), {}
     for i, value in enumerate(values):
         places = (value_at == i).nonzero().flatten()
+        if value and not len(places):
+            raise ValueError(
+                f"value {i} of the template is empty and its baseline "
+                f"{tokenizer.decode(value)!r} is not: a path has no place for it; give it an empty "
+                "baseline too, or use a perturbation method (LLMAttribution)"
+            )
         if value and len(value) == len(places):
             new_ids[0, places] = torch.tensor(value, device=ids.device)
-        elif value and len(places):
+        elif value:
             rows[i] = places, embedded(torch.tensor(value), model).mean(0)
     return _with_rows(replace(start, ids=new_ids), rows, model)
 
