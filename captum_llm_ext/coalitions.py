@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -91,15 +86,3 @@ def prompt_scorer(
 
 def _key(prompt: Tensor) -> tuple[int, ...]:
     return tuple(prompt.tolist())
-
-
-@contextmanager
-def same_random_state() -> Iterator[None]:
-    """What is drawn inside is drawn again afterwards: by torch, numpy and Python."""
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)

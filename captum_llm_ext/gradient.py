@@ -217,7 +217,6 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
             check_baselines(rule, baselines, type(self.attr_method).__name__)
             if layer_mode == "joint" and is_conductance(rule):
                 raise ValueError("LayerConductance reads its layers: layer_mode='joint' moves them")
-            warn_of_dropout(self.model)
             device = input_device(self.model, self.device)
             features = read_features(inp, self.tokenizer, device)
             request = Request(target, gen_args, contrast_target, self.attr_target, skip_tokens)
@@ -230,6 +229,7 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
             tokens = task.names(forcing, self.tokenizer)
         # The target is generated above by the model as it is, and differentiated here.
         with _differentiable(self.model), dequantized_products(self.model):
+            warn_of_dropout(forcing)
             check_gradients(forcing)
             if include_generated:
                 features = features.with_generated(tokens)

@@ -94,9 +94,9 @@ def open_coalitions(
     check_counts(internal_batch_size=rows)
     _check_input(inp)
     with no_gradients():
-        warn_of_dropout(model)
         fixed = task_of(model).perturbed(drawn(with_baselines(inp, baselines, model)), tokenizer)
         forcing = teacher_forcing(model, tokenizer, fixed, request)
+        warn_of_dropout(forcing)
         scorer = prompt_scorer(forcing, reuse_prefix, rows)
         return Coalitions(fixed, tokenizer, scorer, show_progress=show_progress)
 
