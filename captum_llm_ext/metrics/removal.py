@@ -17,7 +17,7 @@ from captum_llm_ext.coalitions import Coalitions, prompt_scorer, teacher_forcing
 from captum_llm_ext.compat import CaptumTextTemplateInput, CaptumTextTokenInput, InterpretableInput
 from captum_llm_ext.inputs import check_template, drawn, with_baselines
 from captum_llm_ext.metrics.curves import FRACTIONS, RemovalCurves, removal_counts, removal_rows
-from captum_llm_ext.targets import PERTURBATION_TARGETS, check_attr_target
+from captum_llm_ext.targets import PERTURBATION_TARGETS, captums_labels, check_attr_target
 from captum_llm_ext.tasks import Request, task_of
 
 MOST_STEPS = 50
@@ -148,8 +148,8 @@ def _check_input(inp: InterpretableInput | None) -> None:
 def _check_target(result: CaptumLLMAttributionResult, asked: Coalitions) -> None:
     ids, shown = asked.scorer.target.ids.cpu(), list(result.output_tokens)
     names = [str(token) for token in asked.tokenizer.convert_ids_to_tokens(ids.tolist())]
-    forcing = asked.scorer.forcing
-    if shown not in (names, task_of(forcing.model).names(forcing, asked.tokenizer)):
+    forcing, captums = asked.scorer.forcing, captums_labels(ids, asked.tokenizer)
+    if shown not in (names, captums, task_of(forcing.model).names(forcing, asked.tokenizer)):
         raise ValueError(
             f"the result attributes {shown}, and the target is {names}: pass the target that was "
             "attributed"
