@@ -128,13 +128,13 @@ class LLMAttentionAttribution(BaseLLMAttribution):
         Warns:
             when dropout is active.
         """
-        warn_of_dropout(self.model)
         features = read_features(inp, self.tokenizer, input_device(self.model, self.device))
         prompt = features.prompt_ids
         task, request = task_of(self.model), Request(target, gen_args)
         forcing = task.forcing(self.model, self.tokenizer, prompt, request)
         check_ids(forcing)
         check_context(forcing)
+        warn_of_dropout(forcing)
         tokens = task.names(forcing, self.tokenizer)
         wanted = Wanted(
             layers=self._chosen,

@@ -102,6 +102,8 @@ def template_start(
     values: the token ids of each value's baseline; value_at: (length,) the value of each position
     of `ids` (1, length), -1 for none. Positions of no value here, such as earlier target tokens
     that are features too, have the neutral baseline.
+
+    Raises ValueError where a value has no position and its baseline has tokens.
     """
     absent = torch.zeros(len(values) + 1, dtype=torch.bool)
     absent[: len(values)] = torch.tensor([not value for value in values])
@@ -110,9 +112,15 @@ def template_start(
     new_ids, rows = start.ids.clone(), {}
     for i, value in enumerate(values):
         places = (value_at == i).nonzero().flatten()
+        if value and not len(places):
+            raise ValueError(
+                f"value {i} of the template is empty and its baseline "
+                f"{tokenizer.decode(value)!r} is not: a path has no place for it; give it an empty "
+                "baseline too, or use a perturbation method (LLMAttribution)"
+            )
         if value and len(value) == len(places):
             new_ids[0, places] = torch.tensor(value, device=ids.device)
-        elif value and len(places):
+        elif value:
             rows[i] = places, embedded(torch.tensor(value), model).mean(0)
     return _with_rows(replace(start, ids=new_ids), rows, model)
 
@@ -135,17 +143,18 @@ def baseline_ids(
         for token in baselines.flatten().tolist():
             _check_id(token, model)
         return _per_position(baselines.long().to(ids.device), replaced, 0)
-    kind = ValueError if _is_embedding(baselines) else TypeError
+    kind = ValueError if _is_embedding(baselines) or isinstance(baselines, list) else TypeError
     raise kind(
         "expected a baseline of tokens (an id, a token string, 'pad', 'eos', 'unk', 'nearest' or a "
-        f"tensor of ids), or, for methods with gradients, of embeddings; got {baselines!r}"
+        "tensor of ids); embeddings ('zero', 'mean' or a tensor), and several in a list, are for "
+        f"methods with a path alone; got {_shown(baselines)}: pass baselines= with one of tokens"
     )
 
 
 def nearest_ids(ids: Tensor, rank: int, model: nn.Module) -> Tensor:
     """For each of `ids` (length,) the `rank`-th nearest other token by cosine of the embeddings."""
     size = token_embedding(model).weight.size(0)  # type: ignore[operator]
-    if not (isinstance(rank, int) and 1 <= rank < size):
+    if not (isinstance(rank, Integral) and 1 <= rank < size):
         raise ValueError(f"the rank of 'nearest' must be in 1…{size - 1}, got {rank!r}")
     unit = torch.nn.functional.normalize(embedded(torch.arange(size), model), dim=-1)
     index = ids.to(unit.device)
@@ -183,9 +192,23 @@ def needs_model(baselines: BaselineSpec) -> bool:
 
 
 def own_baseline(inp: InterpretableInput) -> BaselineSpec:
-    """The baseline that a token input was made with."""
+    """The baseline that a token input was made, or attributed, with."""
     named = getattr(inp, "named_baseline", None)
     return getattr(inp, "baselines", 0) if named is None else named
+
+
+def each_baseline(
+    baselines: BaselineSpec | list[BaselineSpec], inp: InterpretableInput
+) -> list[BaselineSpec]:
+    """The baselines to average over: those given, or those that the input was attributed with."""
+    given = getattr(inp, "named_baseline", None) if baselines is None else baselines
+    return given if isinstance(given, list) else [given]
+
+
+def _shown(baselines: Any) -> str:
+    if isinstance(baselines, Tensor):
+        return f"a tensor {tuple(baselines.shape)} of {baselines.dtype}"
+    return repr(baselines)
 
 
 def _nearest_rank(baselines: BaselineSpec) -> int | None:

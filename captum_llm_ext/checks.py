@@ -15,6 +15,7 @@ from captum_llm_ext.layers import Site, decoder_blocks
 from captum_llm_ext.model_parts import known_token_embedding
 from captum_llm_ext.model_pass import Pass, TeacherForcing
 from captum_llm_ext.quantized import quantized_layers, quantizes_activations
+from captum_llm_ext.seeds import same_random_state
 from captum_llm_ext.targets import Target
 from captum_llm_ext.warning import warn
 
@@ -44,9 +45,17 @@ def check_context(forcing: TeacherForcing) -> None:
         )
 
 
-def warn_of_dropout(model: nn.Module) -> None:
-    """In training mode dropout makes every pass, and so every attribution, random."""
-    if any(module.training and _drops(module) for module in model.modules()):
+def warn_of_dropout(forcing: TeacherForcing) -> None:
+    """In training mode dropout makes every pass, and so every attribution, random.
+
+    Two passes tell, whether a module drops or a function that one calls.
+    """
+    if not any(module.training for module in forcing.model.modules()):
+        return
+    ids = forcing.fed(forcing.ids, forcing.whole)
+    with torch.no_grad(), same_random_state():
+        first, second = (forcing.run(ids, forcing.whole).logits for _ in range(2))
+    if not torch.allclose(first, second, equal_nan=True):
         warn(
             "the model is in training mode and has dropout, so the attribution is random: "
             "call model.eval() first",
@@ -194,11 +203,3 @@ def check_counts(**counts: int | None) -> None:
         whole = isinstance(count, int) and not isinstance(count, bool)
         if count is not None and not (whole and count >= 1):
             raise ValueError(f"{name} must be an int of at least 1, got {count!r}")
-
-
-def _drops(module: nn.Module) -> bool:
-    rates = (getattr(module, name, 0.0) for name in ("p", "attention_dropout", "dropout"))
-    is_dropout = isinstance(module, nn.modules.dropout._DropoutNd)
-    return any(isinstance(r, float) and r > 0 for r in rates) and (
-        is_dropout or hasattr(module, "attention_dropout")
-    )

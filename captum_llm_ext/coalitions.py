@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -69,19 +64,12 @@ class Coalitions:
 
 
 def teacher_forcing(
-    model: nn.Module,
-    tokenizer: Any,
-    inp: InterpretableInput,
-    target: str | Tensor | None,
-    gen_args: dict[str, Any] | None = None,
-    attr_target: str = "log_prob",
-    contrast_target: str | Tensor | None = None,
+    model: nn.Module, tokenizer: Any, inp: InterpretableInput, request: Request
 ) -> TeacherForcing:
     """The whole prompt of an input with the target that is given, or that the model generates."""
     device = getattr(model, "device", None) or next(model.parameters()).device
     device = input_device(model, device)
     prompt = prompt_ids(inp, None, tokenizer, device)
-    request = Request(target, gen_args, contrast_target, attr_target)
     forcing = task_of(model).forcing(model, tokenizer, prompt[None], request)
     check_ids(forcing)
     check_context(forcing)
@@ -98,15 +86,3 @@ def prompt_scorer(
 
 def _key(prompt: Tensor) -> tuple[int, ...]:
     return tuple(prompt.tolist())
-
-
-@contextmanager
-def same_random_state() -> Iterator[None]:
-    """What is drawn inside is drawn again afterwards: by torch, numpy and Python."""
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)

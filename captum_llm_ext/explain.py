@@ -65,6 +65,8 @@ WRAPPER_SETTINGS = ("attr_target",)
 READOUT_METHODS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
     "attention": (LLMAttentionAttribution, ("heads", "reduction")),
 }
+# Methods that put nothing in the place of features.
+WITHOUT_BASELINES = ("saliency", "gradxact", *READOUT_METHODS)
 METHODS = (*GRADIENT_METHODS, *PERTURBATION_METHODS, *READOUT_METHODS)
 
 

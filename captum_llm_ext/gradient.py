@@ -23,7 +23,13 @@ from captum_llm_ext.assemble import (
     warn_of_zeros,
     warn_unless_converged,
 )
-from captum_llm_ext.baselines import BaselineSpec, PathStart, path_start, template_start
+from captum_llm_ext.baselines import (
+    BaselineSpec,
+    PathStart,
+    each_baseline,
+    path_start,
+    template_start,
+)
 from captum_llm_ext.checks import (
     check_causal,
     check_context,
@@ -51,20 +57,16 @@ from captum_llm_ext.differentiate import (
 from captum_llm_ext.encoder_decoder import check_start
 from captum_llm_ext.forward_mode import is_cheaper
 from captum_llm_ext.hooks import evaluating, frozen_parameters, without_checkpointing
-from captum_llm_ext.inputs import Features, baseline_tokens, read_features
+from captum_llm_ext.inputs import Features, attributed_with, baseline_tokens, read_features
 from captum_llm_ext.layers import Site, resolve_sites
 from captum_llm_ext.memory import free_bytes
-from captum_llm_ext.methods import RULES, PathRule, Rule, read_rule
+from captum_llm_ext.methods import RULES, PathRule, Rule, check_baselines, read_rule
 from captum_llm_ext.model_parts import input_device
 from captum_llm_ext.model_pass import Pass, TeacherForcing, tokens_per_pass
 from captum_llm_ext.prefix_cache import FEWEST_REUSED, PrefixCache, can_be_cut, keeps_cache
 from captum_llm_ext.quantized import dequantized_products, quietly
 from captum_llm_ext.result import LLMAttributionResult
-from captum_llm_ext.targets import (
-    GRADIENT_TARGETS,
-    check_attr_target,
-    without_tokens,
-)
+from captum_llm_ext.targets import GRADIENT_TARGETS, check_attr_target
 from captum_llm_ext.tasks import Request, task_of
 from captum_llm_ext.totals import LayerTotal, Plan
 
@@ -160,7 +162,8 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
                 input's own), a token id, a token string, "pad", "eos", "unk", "zero", "mean" (of
                 all embeddings), "nearest" (each token's nearest other one) or ("nearest", n), a
                 tensor of ids or embeddings, for all positions or one each, or a list of several
-                of these, over which the attributions are averaged.
+                of these, over which the attributions are averaged. An error for methods that have
+                no path.
                 For a hidden layer it means that layer's output when the embeddings are so replaced.
             layer_mode: of several layers, "independent" (each as if it were alone) or "joint" (all
                 move along the path together).
@@ -217,13 +220,12 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
         _check_choices(layer_mode, num_trials, internal_batch_size, grad_kwargs, dtype)
         with _differentiable(self.model):
             rule = read_rule(self.attr_method, method_options)
+            check_baselines(rule, baselines, type(self.attr_method).__name__)
             if layer_mode == "joint" and is_conductance(rule):
                 raise ValueError("LayerConductance reads its layers: layer_mode='joint' moves them")
-            warn_of_dropout(self.model)
             device = input_device(self.model, self.device)
             features = read_features(inp, self.tokenizer, device)
-            target = without_tokens(self.tokenizer, target, skip_tokens)
-            request = Request(target, gen_args, contrast_target, self.attr_target)
+            request = Request(target, gen_args, contrast_target, self.attr_target, skip_tokens)
             task = task_of(self.model)
             forcing = task.forcing(self.model, self.tokenizer, features.prompt_ids, request)
             forcing = replace(forcing, dtype=dtype)
@@ -233,6 +235,7 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
             tokens = task.names(forcing, self.tokenizer)
         # The target is generated above by the model as it is, and differentiated here.
         with _differentiable(self.model), dequantized_products(self.model):
+            warn_of_dropout(forcing)
             check_gradients(forcing)
             if include_generated:
                 features = features.with_generated(forcing.target.ids, self.tokenizer)
@@ -255,16 +258,16 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
             if isinstance(rule, PathRule):
                 warn_of_low_precision(forcing, probe, sites)
             trials = num_trials if isinstance(rule, PathRule) and _draws(rule, inp) else 1
-            several = baselines if isinstance(baselines, list) else [baselines]
             starts = [
                 self._path_start(rule, baseline, inp, features, forcing)
                 for _ in range(trials)
-                for baseline in several
+                for baseline in each_baseline(baselines, inp)
             ]
             more = [read_rule(self.attr_method, method_options) for _ in starts[1:]]
             job = _Job(forcing, sites, plan)
             totals = job.run([rule, *more], starts, show_progress)
-            return self._result(job, totals, features, tokens, inp, layer_mode)
+            known = attributed_with(inp, baselines)
+            return self._result(job, totals, features, tokens, known, layer_mode)
 
     def _probed(
         self, forcing: TeacherForcing, features: Features, reuse_prefix: bool

@@ -224,6 +224,12 @@ RULES: dict[type, tuple[Callable[..., Rule], Mapping[str, str]]] = {
 }
 
 
+def check_baselines(rule: Rule, baselines: Any, method: str) -> None:
+    """Refuse a baseline where there is no path that could start at it."""
+    if baselines is not None and isinstance(rule, PointRule):
+        raise ValueError(f"baselines mean nothing to {method}, which has no path")
+
+
 def read_rule(method: GradientAttribution, options: Mapping[str, Any]) -> Rule:
     """The rule of a method with the options given to `attribute`.
 

@@ -20,7 +20,6 @@ from captum_llm_ext.checks import (
 from captum_llm_ext.coalitions import (
     Coalitions,
     prompt_scorer,
-    same_random_state,
     teacher_forcing,
 )
 from captum_llm_ext.compat import (
@@ -35,12 +34,9 @@ from captum_llm_ext.inputs import check_template, drawn, with_baselines
 from captum_llm_ext.model_parts import input_device
 from captum_llm_ext.quantized import quietly
 from captum_llm_ext.result import LLMAttributionResult
-from captum_llm_ext.targets import (
-    PERTURBATION_TARGETS,
-    check_attr_target,
-    without_tokens,
-)
-from captum_llm_ext.tasks import task_of
+from captum_llm_ext.seeds import same_random_state
+from captum_llm_ext.targets import PERTURBATION_TARGETS, check_attr_target
+from captum_llm_ext.tasks import Request, task_of
 from captum_llm_ext.two_stage import TwoStageAblation
 
 # Arguments of Captum's methods that this class gives itself.
@@ -190,14 +186,13 @@ class LLMAttribution(CaptumLLMAttribution):
                 **kwargs,
             )
         with torch.inference_mode(False), torch.no_grad(), quietly():
-            warn_of_dropout(self.model)
             if isinstance(inp, CaptumTextTemplateInput):
                 check_template(inp)
             inp = with_baselines(inp, baselines, self.model)
             task = task_of(self.model)
-            target = without_tokens(self.tokenizer, target, skip_tokens)
-            asked_for = (target, gen_args, self.attr_target, contrast_target)
-            forcing = teacher_forcing(self.model, self.tokenizer, inp, *asked_for)
+            request = Request(target, gen_args, contrast_target, self.attr_target, skip_tokens)
+            forcing = teacher_forcing(self.model, self.tokenizer, inp, request)
+            warn_of_dropout(forcing)
             tokens = task.names(forcing, self.tokenizer)
             scorer = prompt_scorer(forcing, reuse_prefix, internal_batch_size)
             staged = type(self.attr_method) in STAGED

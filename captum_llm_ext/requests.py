@@ -14,7 +14,7 @@ from captum_llm_ext.gradient import LLMGradientAttribution
 from captum_llm_ext.inputs import TextTemplateInput, chat_input, qa_input, segment_input
 from captum_llm_ext.inputs.chats import CHAT_FEATURES
 from captum_llm_ext.inputs.segments import PATTERNS
-from captum_llm_ext.methods import RULES, PointRule, read_rule
+from captum_llm_ext.methods import RULES, check_baselines, read_rule
 from captum_llm_ext.perturbation import RESERVED, LLMAttribution
 from captum_llm_ext.seeds import seeded
 
@@ -96,8 +96,7 @@ def check_options(
     if isinstance(wrapper, LLMGradientAttribution):
         with seeded():  # of a method that draws at random, a rule is a draw
             rule = read_rule(wrapper.attr_method, own)
-        if isinstance(rule, PointRule) and "baselines" in rest:
-            raise ValueError(f"baselines mean nothing to {method}, which has no path")
+        check_baselines(rule, rest.get("baselines"), method)
 
 
 def _own_options(wrapper: Wrapper) -> set[str]:

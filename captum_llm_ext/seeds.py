@@ -30,6 +30,18 @@ def seeded(*seeds: int) -> Iterator[None]:
         torch.set_rng_state(cpu)
 
 
+@contextmanager
+def same_random_state() -> Iterator[None]:
+    """What is drawn inside is drawn again afterwards: by torch, numpy and Python."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
 def _combined(seeds: tuple[int, ...]) -> int:
     """One seed of 32 bits, as numpy wants it; neighbours share nothing."""
     return int.from_bytes(hashlib.sha256(repr(seeds).encode()).digest()[:4], "big")

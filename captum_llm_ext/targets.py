@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from captum_llm_ext.baselines import token_ids
 from captum_llm_ext.compat import DEFAULT_GEN_ARGS, _convert_ids_to_pretty_tokens
+from captum_llm_ext.display import readable_token
 
 GRADIENT_TARGETS = ("log_prob", "prob", "logit")
 PERTURBATION_TARGETS = (*GRADIENT_TARGETS, "rank")
@@ -127,15 +128,10 @@ def encode_target(tokenizer: Any, target: str | Tensor | Sequence[int]) -> Tenso
 
 
 def without_tokens(
-    tokenizer: Any,
-    target: str | Tensor | None,
-    skip_tokens: Sequence[int] | Sequence[str] | None,
-) -> str | Tensor | None:
-    """A target that is given, without some tokens: `skip_tokens`, ids or strings."""
-    if target is None or not skip_tokens:
-        return target
-    ids = encode_target(tokenizer, target)
-    skipped = torch.tensor(token_ids(skip_tokens, tokenizer), device=ids.device)
+    ids: Tensor, skip_tokens: Sequence[int] | Sequence[str] | None, tokenizer: Any
+) -> Tensor:
+    """The ids (n_output,) of a target without some tokens: `skip_tokens`, ids or strings."""
+    skipped = torch.tensor(token_ids(skip_tokens, tokenizer), device=ids.device, dtype=ids.dtype)
     return _checked(ids[~torch.isin(ids, skipped)], "all tokens of the target are skipped")
 
 
@@ -155,6 +151,15 @@ def contrast_ids(
 
 
 def output_tokens(ids: Tensor, tokenizer: Any) -> list[str]:
+    """The target tokens as Captum shows them, but for those of which it shows nothing."""
+    labels = zip(captums_labels(ids, tokenizer), ids.tolist(), strict=True)
+    return [
+        label if label.strip() else readable_token(tokenizer.convert_ids_to_tokens(token))
+        for label, token in labels
+    ]
+
+
+def captums_labels(ids: Tensor, tokenizer: Any) -> list[str]:
     """The target tokens as Captum shows them; token by token where Captum cannot."""
     try:
         with warnings.catch_warnings():

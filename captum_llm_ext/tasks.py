@@ -5,7 +5,7 @@ A new kind is an adapter, a function that makes the pass from a request, and one
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,13 @@ from captum_llm_ext.compat import InterpretableInput
 from captum_llm_ext.encoder_decoder import EncoderDecoder, decoder_start
 from captum_llm_ext.inputs import places_kept
 from captum_llm_ext.model_pass import TeacherForcing
-from captum_llm_ext.targets import Target, contrast_ids, output_tokens, target_ids
+from captum_llm_ext.targets import (
+    Target,
+    contrast_ids,
+    output_tokens,
+    target_ids,
+    without_tokens,
+)
 
 CAUSAL, SEQ2SEQ, QA = "causal", "seq2seq", "qa"
 
@@ -36,6 +42,7 @@ class Request:
     gen_args: dict[str, Any] | None = None
     contrast: Any = None
     attr_target: str = "log_prob"
+    skip_tokens: Sequence[int] | Sequence[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -87,6 +94,8 @@ def _qa(model: nn.Module, tokenizer: Any, prompt: Tensor, request: Request) -> T
     """The target is the answer's start and end in the prompt."""
     if request.gen_args is not None:
         raise ValueError("gen_args is for a generated target, and an answer is not generated")
+    if request.skip_tokens:
+        raise ValueError("skip_tokens leaves tokens out of a text, and an answer is two positions")
     ids = prompt[0]
     adapter = AnswerSpan(model, context_span(ids, tokenizer))
 
@@ -108,6 +117,8 @@ def _target(
 ) -> Target:
     inputs = {"input_ids": prompt}
     ids = target_ids(model, tokenizer, inputs, request.target, request.gen_args, n_given)
+    if request.target is not None:
+        ids = without_tokens(ids, request.skip_tokens, tokenizer)
     ids = ids.to(prompt.device, copy=True)
     contrast = contrast_ids(tokenizer, request.contrast, len(ids))
     contrast = None if contrast is None else contrast.to(prompt.device, copy=True)
@@ -124,6 +135,15 @@ class _InTargetLanguage:
         if not isinstance(self.tokenizer, PreTrainedTokenizerBase):
             return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
         return self.tokenizer(text_target=text, add_special_tokens=add_special_tokens)["input_ids"]
+
+    def convert_tokens_to_ids(self, tokens: Sequence[str]) -> list[int | None]:
+        own = getattr(self.tokenizer, "target_encoder", None)
+        if own is None:
+            return list(self.tokenizer.convert_tokens_to_ids(tokens))
+        return [own.get(token) for token in tokens]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tokenizer, name)
 
 
 def _token_names(forcing: TeacherForcing, tokenizer: Any) -> list[str]:

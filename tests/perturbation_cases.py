@@ -159,6 +159,17 @@ def game(
     return value
 
 
+def nearest_by_hand(model: nn.Module, ids: list[int], rank: int) -> list[int]:
+    matrix = model.get_input_embeddings().weight.detach().double().numpy()
+    found = []
+    for token in ids:
+        cosine = matrix @ matrix[token]
+        cosine = cosine / np.linalg.norm(matrix, axis=1) / np.linalg.norm(matrix[token])
+        order = [i for i in np.argsort(-cosine).tolist() if i != token]
+        found.append(order[rank - 1])
+    return found
+
+
 def replaced_tokens(
     ids: Sequence[int], absent: Sequence[int] | int
 ) -> Callable[[Coalition], list[int]]:

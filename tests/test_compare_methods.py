@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_llm_ext import LLMAttributionResult, TextTemplateInput, TextTokenInput, explain
+from captum_llm_ext.explain import WITHOUT_BASELINES
 from captum_llm_ext.metrics import MethodComparison, compare_methods, faithfulness
 from tests.cases import target_ids
 from tests.families import tiny_model, tiny_tokenizer
@@ -138,8 +139,25 @@ def test_one_baseline_for_methods_and_removal() -> None:
     assert other.table.index.tolist() == ["ablation baselines=3"]
 
 
+def test_a_callable_baseline_is_drawn_once() -> None:
+    """The methods explain the prompt that they are judged by."""
+    others, seen = iter([["His"], ["golf"], ["Paris"], ["hiking"]]), []
+
+    def watching(model: nn.Module, tokenizer: Any, inp: Any, target: Tensor) -> Any:
+        seen.append(inp.to_model_input(torch.zeros(1, 1)))
+        return by_position(model, tokenizer, inp, target)
+
+    inp = TextTemplateInput("{} lives in", ["Dave"], baselines=lambda: next(others))
+    methods = {"a": watching, "b": watching, "ablation": "ablation", "ig": ("ig", {"n_steps": 2})}
+    found = compared(methods, [inp])
+    assert seen == ["His lives in"] * 2
+    assert next(others) == ["golf"]
+    fixed = compared(methods, [TextTemplateInput("{} lives in", ["Dave"], baselines=["His"])])
+    assert found.prompts["deletion"].tolist() == fixed.prompts["deletion"].tolist()
+
+
 def test_a_baseline_beside_a_method_that_has_none() -> None:
-    found = compared(["attention", "ablation"], baselines=9)
+    found = compared([*WITHOUT_BASELINES, "ablation"], baselines=9)
     expected = compared(["ablation"], baselines=9)
     rows = found.prompts[found.prompts["method"] == "ablation"]
     assert rows["deletion"].tolist() == expected.prompts["deletion"].tolist()

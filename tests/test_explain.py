@@ -24,6 +24,7 @@ from captum_llm_ext import (
     LLMLayerAttributionResult,
     explain,
 )
+from captum_llm_ext.explain import METHODS, WITHOUT_BASELINES
 from tests.families import PROMPT, TARGET, CausalToy, tiny_model, tiny_tokenizer
 
 BLOCKS = len(tiny_model("llama").model.layers)
@@ -111,6 +112,29 @@ def test_an_interpretable_input_is_taken_as_it_is(model, tokenizer):
     result = explain(model, tokenizer, inp, TARGET)
     assert result.inp is inp
     assert "<s>" not in result.input_tokens
+
+
+@pytest.mark.parametrize("baselines", [9, "no such", ["pad", "unk"]])
+@pytest.mark.parametrize("method", WITHOUT_BASELINES)
+def test_methods_without_a_path_refuse_baselines(model, tokenizer, method, baselines):
+    kind, match = (TypeError, "baselines") if method == "attention" else (ValueError, "no path")
+    with pytest.raises(kind, match=match):
+        explain(model, tokenizer, PROMPT, TARGET, method, baselines=baselines)
+
+
+@pytest.mark.filterwarnings("ignore:integrated gradients have not converged")
+@pytest.mark.parametrize("method", sorted(set(METHODS) - set(WITHOUT_BASELINES)))
+def test_all_other_methods_take_them(model, tokenizer, method):
+    few = {"ig": "n_steps", "conductance": "n_steps"}.get(method, "n_samples")
+    options = {} if method in ("ablation", "two_stage", "shapley") else {few: 10}
+    layers = "model.layers.1" if method == "conductance" else None
+    seen = []
+    for baseline in (9, 17):
+        torch.manual_seed(0)
+        given = {"baselines": baseline, **options}
+        found = explain(model, tokenizer, "Dave", TARGET, method, layers, **given)
+        seen.append(found.seq_attr)
+    assert not torch.allclose(*seen)
 
 
 def test_messages_go_through_the_chat_template(model, tokenizer, monkeypatch):

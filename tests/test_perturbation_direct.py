@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from tests.perturbation_cases import (
     SHORT,
     ablation,
     game,
+    nearest_by_hand,
     ours,
     replaced_tokens,
     rows,
@@ -125,17 +125,6 @@ def test_shapley_values_add_up(family: str, method: str, kind: str) -> None:
 
 
 # --- baselines of tokens -------------------------------------------------------------------------
-
-
-def nearest_by_hand(model: nn.Module, ids: list[int], rank: int) -> list[int]:
-    matrix = model.get_input_embeddings().weight.detach().double().numpy()
-    found = []
-    for token in ids:
-        cosine = matrix @ matrix[token]
-        cosine = cosine / np.linalg.norm(matrix, axis=1) / np.linalg.norm(matrix[token])
-        order = [i for i in np.argsort(-cosine).tolist() if i != token]
-        found.append(order[rank - 1])
-    return found
 
 
 NAMED: dict[str, tuple[Any, int]] = {

@@ -296,6 +296,15 @@ def test_generation_arguments() -> None:
         wrapper.attribute(question_input("bert"), gen_args={"max_new_tokens": 3})
 
 
+def test_an_answer_has_no_tokens_to_skip() -> None:
+    inp, model = question_input("bert"), tiny_qa("bert")
+    for method in (captum.attr.FeatureAblation(model), LayerSaliency(model, "*word_embeddings")):
+        kind = LLMGradientAttribution if isinstance(method, LayerSaliency) else LLMAttribution
+        wrapper: Any = kind(method, qa_tokenizer("bert"))
+        with pytest.raises(ValueError, match="two positions"):
+            wrapper.attribute(inp, target=ANSWER, skip_tokens=["<s>"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

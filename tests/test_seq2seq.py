@@ -340,6 +340,47 @@ def test_hooks_are_gone_and_the_model_is_as_it_was() -> None:
     assert all(p.requires_grad for p in model.parameters())
 
 
+class _UpperCase(transformers.PreTrainedTokenizerFast):
+    """Its target language is written in capitals."""
+
+    def __call__(self, text: Any = None, *args: Any, text_target: Any = None, **more: Any) -> Any:
+        text = text if text_target is None else text_target.upper()
+        return super().__call__(text, *args, **more)
+
+
+def _wrappers(model: Any, tokenizer: Any) -> list[Any]:
+    return [
+        LLMAttribution(captum.attr.FeatureAblation(model), tokenizer),
+        LLMGradientAttribution(LayerSaliency(model, model.get_input_embeddings()), tokenizer),
+    ]
+
+
+@pytest.mark.parametrize("skipped", [["O"], [tiny_tokenizer().convert_tokens_to_ids("O")]])
+def test_tokens_are_skipped_in_the_target_language(skipped: list[Any]) -> None:
+    model, backend = tiny_seq2seq("marian"), tiny_tokenizer().backend_tokenizer
+    tokenizer: Any = _UpperCase(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>")
+    ids = tiny_tokenizer().encode("GLF", add_special_tokens=False)
+    for wrapper in _wrappers(model, tokenizer):
+        result = wrapper.attribute(prompt(), target="golf", skip_tokens=skipped)
+        given = wrapper.attribute(prompt(), target=torch.tensor(ids))
+        assert result.output_tokens == given.output_tokens == ["G", "L", "F"]
+        assert_close(result.token_attr, given.token_attr)
+
+
+def test_skipped_tokens_of_a_vocabulary_for_each_language() -> None:
+    """The ids of the same strings differ there, as in Marian with `separate_vocabs`."""
+    tokenizer: Any = tiny_tokenizer().__class__(tokenizer_object=tiny_tokenizer().backend_tokenizer)
+    own, other = tokenizer.convert_tokens_to_ids(["g", "o"])
+    tokenizer.target_encoder = {"g": other, "o": own}
+    target = torch.tensor([own, other, own])
+    for wrapper in _wrappers(tiny_seq2seq("marian"), tokenizer):
+        result = wrapper.attribute(prompt(), target=target, skip_tokens=["g"])
+        given = wrapper.attribute(prompt(), target=torch.tensor([own, own]))
+        assert_close(result.token_attr, given.token_attr)
+        with pytest.raises(ValueError, match="'h' is not a token"):
+            wrapper.attribute(prompt(), target=target, skip_tokens=["h"])
+
+
 # --- errors --------------------------------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from captum.attr import LayerIntegratedGradients
+from captum.attr import LayerConductance, LayerGradientShap, LayerIntegratedGradients
 from torch import nn
 
 from captum_llm_ext import LLMGradientAttribution, ProductBaselines, TextTemplateInput
@@ -58,6 +58,27 @@ def from_embeddings(start: torch.Tensor, family: str = "llama", kind: str = "emb
     )
     rows = integrated_gradients(asked, STEPS).attributions[0].sum(-1)
     return columns(rows, owners, len(VALUES))
+
+
+@pytest.mark.parametrize("baselines", [["His", "golf"], ["", "golf"]])
+@pytest.mark.parametrize("method", [LayerIntegratedGradients, LayerGradientShap, LayerConductance])
+def test_an_empty_value_has_no_place_for_its_baseline(method: Any, baselines: list[str]) -> None:
+    model, target = tiny_model("llama"), target_ids(2)
+    wrapper = LLMGradientAttribution(method(model, model.model.embed_tokens), tiny_tokenizer())
+    inp = TextTemplateInput("{} lives{} in", ["Dave", ""], baselines)
+    with pytest.raises(ValueError, match=r"value 1 of .* is empty .* 'golf' is not"):
+        wrapper.attribute(inp, target)
+
+
+def test_an_empty_value_with_an_empty_baseline_changes_nothing() -> None:
+    """The path from the whole baseline prompt to the prompt, whose ends are plain scores."""
+    model, target = tiny_model("llama"), target_ids(2)
+    layer = model.get_input_embeddings()
+    inp = TextTemplateInput("{} lives{} in", ["Dave", ""], ["His", ""])
+    found = our_attribution(LayerIntegratedGradients, model, layer, inp, target=target, n_steps=200)
+    ends = [tiny_tokenizer().encode(f"{name} lives in") for name in ("Dave", "His")]
+    whole, bare = (float(scores(model, ids, target)[0]) for ids in ends)
+    assert found.seq_attr.tolist() == pytest.approx([whole - bare, 0], abs=0.05)
 
 
 BASELINES = {

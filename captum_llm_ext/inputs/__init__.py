@@ -11,12 +11,13 @@ from captum_llm_ext.inputs.features import (
 from captum_llm_ext.inputs.questions import qa_input
 from captum_llm_ext.inputs.segments import segment_input
 from captum_llm_ext.inputs.templates import TextTemplateInput, check_template, drawn
-from captum_llm_ext.inputs.tokens import TextTokenInput, with_baselines
+from captum_llm_ext.inputs.tokens import TextTokenInput, attributed_with, with_baselines
 
 __all__ = [
     "Features",
     "TextTemplateInput",
     "TextTokenInput",
+    "attributed_with",
     "baseline_tokens",
     "chat_input",
     "check_template",

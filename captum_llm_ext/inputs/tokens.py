@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -48,7 +50,9 @@ class TextTokenInput(CaptumTextTokenInput):
         skip_tokens: Sequence[int] | Sequence[str] | None = None,
     ) -> None:
         self.named_baseline: BaselineSpec = None
-        if not isinstance(baselines, int) and needs_model(baselines):
+        if isinstance(baselines, Integral):
+            baselines = int(baselines)
+        elif needs_model(baselines):
             self.named_baseline, baselines = baselines, 0
         baseline = token_id(baselines, tokenizer) if isinstance(baselines, str) else baselines
         super().__init__(text, tokenizer, baseline, token_ids(skip_tokens, tokenizer) or None)
@@ -98,6 +102,7 @@ class _ReplacedTokens(CaptumTextTokenInput):
     """A token input with a baseline id of its own for each feature."""
 
     baseline_ids: Tensor
+    named_baseline: BaselineSpec
 
     def to_model_input(self, perturbed_tensor: Tensor | None = None) -> Tensor:
         if perturbed_tensor is None:
@@ -119,8 +124,6 @@ def with_baselines(
         if baselines is not None:
             raise ValueError("the baselines of a template or an image belong to the input itself")
         return inp
-    if baselines is None and isinstance(inp, _ReplacedTokens):
-        return inp  # of an earlier attribution's result, with the baselines that it had
     if baselines is None:
         baselines = own_baseline(inp)
     ids = inp.inp_tensor[0].long()
@@ -129,4 +132,16 @@ def with_baselines(
     replaced = _ReplacedTokens.__new__(_ReplacedTokens)
     replaced.__dict__.update(inp.__dict__)
     replaced.baseline_ids = absent[features][None]
+    replaced.named_baseline = baselines
     return replaced
+
+
+def attributed_with(
+    inp: InterpretableInput, baselines: BaselineSpec | list[BaselineSpec]
+) -> InterpretableInput:
+    """The input of a result, which knows the baselines that it was attributed with."""
+    if baselines is None or not isinstance(inp, CaptumTextTokenInput):
+        return inp
+    known: Any = copy(inp)
+    known.named_baseline = baselines
+    return known

@@ -22,11 +22,12 @@ from captum_llm_ext.display import draw_measures
 from captum_llm_ext.explain import (
     GRADIENT_METHODS,
     METHODS,
-    READOUT_METHODS,
+    WITHOUT_BASELINES,
     Prompt,
     as_input,
     explain,
 )
+from captum_llm_ext.inputs import drawn
 from captum_llm_ext.metrics.curves import FRACTIONS, MEASURES
 from captum_llm_ext.metrics.faithfulness import Faithfulness
 from captum_llm_ext.metrics.removal import MOST_STEPS, Removal, feature_attr, open_coalitions
@@ -158,7 +159,7 @@ def compare_methods(
         targets: of each prompt; None, in the list or for all, is what the model generates.
         gen_args: arguments of ``model.generate``. Default: greedy, 25 new tokens.
         baselines: of token inputs, in the methods (unless their options name one) and when
-            features are removed. Default: each input's own.
+            features are removed. Default: each input's own, of which a callable one is drawn once.
         attr_target: as in `faithfulness`. The methods always attribute log p.
         absolute: as in `faithfulness`.
         fractions: as in `faithfulness`.
@@ -196,7 +197,7 @@ def compare_methods(
     rows: list[dict[str, Any]] = []
     pairs = list(zip(prompts, _targets(prompts, targets), strict=True))
     for number, (prompt, target) in enumerate(tqdm(pairs, disable=not show_progress)):
-        inp = as_input(prompt, tokenizer)
+        inp = drawn(as_input(prompt, tokenizer))
         asked = open_coalitions(
             model,
             tokenizer,
@@ -272,7 +273,7 @@ def _as_function(method: Method, baselines: BaselineSpec) -> Attribute:
         options: dict[str, Any] = dict(given)
         if name in GRADIENT_METHODS:
             options.setdefault("include_per_token_attr", False)
-        takes_baselines = name not in READOUT_METHODS and isinstance(inp, CaptumTextTokenInput)
+        takes_baselines = name not in WITHOUT_BASELINES and isinstance(inp, CaptumTextTokenInput)
         if baselines is not None and takes_baselines:
             options.setdefault("baselines", baselines)
         return explain(model, tokenizer, inp, target, name, **options)

@@ -134,8 +134,9 @@ def faithfulness(
         target: what was attributed: a string or ids (n_output,), as given to `attribute`.
         inp: the input that was attributed. Default: the result's own.
         baselines: of a token input, what stands for an absent token: an id, a token string, "pad",
-            "eos", "unk", "nearest" or ids. Default: the input's own. A template has its own always,
-            and a callable one is drawn once.
+            "eos", "unk", "nearest" or ids. Default: that of the attribution, or the input's own;
+            for embeddings and lists of baselines there is none. A template has its own always, and
+            a callable one is drawn once.
         attr_target: the score: "log_prob" (the default), "prob" (as in both papers), "logit" or
             "rank"; of the sequence, the sum over target tokens, for "prob" their product.
         contrast_target: score(target) − score(contrast) instead, as given to `attribute`.
@@ -155,7 +156,8 @@ def faithfulness(
 
     Raises:
         ValueError: the target is not the result's, the attribution does not fit the input or has
-            values that are no numbers, or an argument has no meaning.
+            values that are no numbers, its baseline is not of tokens and `baselines` is not given,
+            or an argument has no meaning.
         TypeError: the input is neither of tokens nor a template.
 
     Example:
@@ -175,7 +177,7 @@ def faithfulness(
         internal_batch_size,
         show_progress,
         attr_target=attr_target,
-        contrast_target=contrast_target,
+        contrast=contrast_target,
     )
     generator = generator or torch.Generator().manual_seed(0)
     attr = feature_attr(result, asked)

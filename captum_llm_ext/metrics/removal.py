@@ -17,8 +17,8 @@ from captum_llm_ext.coalitions import Coalitions, prompt_scorer, teacher_forcing
 from captum_llm_ext.compat import CaptumTextTemplateInput, CaptumTextTokenInput, InterpretableInput
 from captum_llm_ext.inputs import check_template, drawn, with_baselines
 from captum_llm_ext.metrics.curves import FRACTIONS, RemovalCurves, removal_counts, removal_rows
-from captum_llm_ext.targets import PERTURBATION_TARGETS, check_attr_target
-from captum_llm_ext.tasks import task_of
+from captum_llm_ext.targets import PERTURBATION_TARGETS, captums_labels, check_attr_target
+from captum_llm_ext.tasks import Request, task_of
 
 MOST_STEPS = 50
 
@@ -85,14 +85,18 @@ def open_coalitions(
     show_progress: bool = False,
     **asked_for: Any,
 ) -> Coalitions:
-    """What scores the input with any of its features absent; a callable baseline is drawn once."""
-    check_attr_target(asked_for.get("attr_target", "log_prob"), PERTURBATION_TARGETS)
+    """What scores the input with any of its features absent; a callable baseline is drawn once.
+
+    `asked_for`: the other fields of a `Request`.
+    """
+    request = Request(target, **asked_for)
+    check_attr_target(request.attr_target, PERTURBATION_TARGETS)
     check_counts(internal_batch_size=rows)
     _check_input(inp)
     with no_gradients():
-        warn_of_dropout(model)
         fixed = task_of(model).perturbed(drawn(with_baselines(inp, baselines, model)), tokenizer)
-        forcing = teacher_forcing(model, tokenizer, fixed, target, **asked_for)
+        forcing = teacher_forcing(model, tokenizer, fixed, request)
+        warn_of_dropout(forcing)
         scorer = prompt_scorer(forcing, reuse_prefix, rows)
         return Coalitions(fixed, tokenizer, scorer, show_progress=show_progress)
 
@@ -144,8 +148,8 @@ def _check_input(inp: InterpretableInput | None) -> None:
 def _check_target(result: CaptumLLMAttributionResult, asked: Coalitions) -> None:
     ids, shown = asked.scorer.target.ids.cpu(), list(result.output_tokens)
     names = [str(token) for token in asked.tokenizer.convert_ids_to_tokens(ids.tolist())]
-    forcing = asked.scorer.forcing
-    if shown not in (names, task_of(forcing.model).names(forcing, asked.tokenizer)):
+    forcing, captums = asked.scorer.forcing, captums_labels(ids, asked.tokenizer)
+    if shown not in (names, captums, task_of(forcing.model).names(forcing, asked.tokenizer)):
         raise ValueError(
             f"the result attributes {shown}, and the target is {names}: pass the target that was "
             "attributed"
