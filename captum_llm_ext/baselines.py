@@ -19,8 +19,9 @@ from captum_llm_ext.model_parts import embedded, known_token_embedding, token_em
 
 SPECIAL_BASELINES = ("pad", "eos", "unk")
 NEAREST = "nearest"
+TEXT = "text"
 
-BaselineSpec = int | str | tuple[str, int] | Tensor | None
+BaselineSpec = int | str | tuple[str, Any] | Tensor | None
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,8 @@ def baseline_ids(
     """
     if (nearest := _nearest_rank(baselines)) is not None:
         return nearest_ids(ids, nearest, model)
+    if (text := _text(baselines)) is not None:
+        return text_ids(text, ids, replaced, tokenizer)
     if isinstance(baselines, str) and baselines not in EMBEDDING_BASELINES:
         baselines = token_id(baselines, tokenizer)
     if isinstance(baselines, Integral):
@@ -145,10 +148,23 @@ def baseline_ids(
         return _per_position(baselines.long().to(ids.device), replaced, 0)
     kind = ValueError if _is_embedding(baselines) or isinstance(baselines, list) else TypeError
     raise kind(
-        "expected a baseline of tokens (an id, a token string, 'pad', 'eos', 'unk', 'nearest' or a "
-        "tensor of ids); embeddings ('zero', 'mean' or a tensor), and several in a list, are for "
+        "expected a baseline of tokens (an id, a token string, 'pad', 'eos', 'unk', 'nearest', "
+        "('text', a text) or a tensor of ids); embeddings ('zero', 'mean' or a tensor), and several in a list, are for "
         f"methods with a path alone; got {_shown(baselines)}: pass baselines= with one of tokens"
     )
+
+
+def text_ids(text: str, ids: Tensor, replaced: Tensor, tokenizer: Any) -> Tensor:
+    """For the `replaced` (length,) of `ids` (length,) the tokens of a text in order, again from its
+    start where it is shorter; special tokens stay."""
+    given = tokenizer.encode(text, add_special_tokens=False)
+    if not given:
+        raise ValueError(f"a baseline of text must have a token, got {text!r}")
+    special = torch.tensor(getattr(tokenizer, "all_special_ids", []), device=ids.device)
+    places = (replaced & ~torch.isin(ids, special)).nonzero().flatten()
+    found = ids.clone()
+    found[places] = torch.tensor(given, device=ids.device).repeat(len(places))[: len(places)]
+    return found
 
 
 def nearest_ids(ids: Tensor, rank: int, model: nn.Module) -> Tensor:
@@ -186,9 +202,10 @@ def _with_rows(
     return PathStart(start.ids, replaced, values)
 
 
-def needs_model(baselines: BaselineSpec) -> bool:
-    """Whether the model's embeddings are needed to know what the baseline is."""
-    return _is_embedding(baselines) or _nearest_rank(baselines) is not None
+def needs_prompt(baselines: BaselineSpec) -> bool:
+    """Whether the baseline cannot be told from the tokenizer alone."""
+    known = _nearest_rank(baselines) is None and _text(baselines) is None
+    return _is_embedding(baselines) or not known
 
 
 def own_baseline(inp: InterpretableInput) -> BaselineSpec:
@@ -209,6 +226,12 @@ def _shown(baselines: Any) -> str:
     if isinstance(baselines, Tensor):
         return f"a tensor {tuple(baselines.shape)} of {baselines.dtype}"
     return repr(baselines)
+
+
+def _text(baselines: BaselineSpec) -> str | None:
+    if isinstance(baselines, tuple) and len(baselines) == 2 and baselines[0] == TEXT:
+        return str(baselines[1])
+    return None
 
 
 def _nearest_rank(baselines: BaselineSpec) -> int | None:

@@ -160,7 +160,8 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
                 backward pass in all; `token_attr` is then None.
             baselines: where the path of integrated gradients and GradientShap starts: None (the
                 input's own), a token id, a token string, "pad", "eos", "unk", "zero", "mean" (of
-                all embeddings), "nearest" (each token's nearest other one) or ("nearest", n), a
+                all embeddings), "nearest" (each token's nearest other one), ("nearest", n),
+                ("text", a text) for the tokens of another text in order (the easiest path), a
                 tensor of ids or embeddings, for all positions or one each, or a list of several
                 of these, over which the attributions are averaged. An error for methods that have
                 no path.

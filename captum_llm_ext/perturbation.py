@@ -142,7 +142,7 @@ class LLMAttribution(CaptumLLMAttribution):
                 each token) for every perturbation that the method asks for.
             forward_in_tokens: accepted for Captum's sake; the result does not depend on it.
             baselines: for a token input, instead of its own: a token id, a token string, "pad",
-                "eos", "unk", "nearest", ("nearest", n) or a tensor of ids.
+                "eos", "unk", "nearest", ("nearest", n), ("text", a text) or a tensor of ids.
             contrast_target: attribute score(target) − score(contrast) instead, at the same places
                 and after the target's own tokens; as many tokens as the target, or one.
             skip_tokens: ids or strings of tokens to leave out of a given target, as in Captum 0.8

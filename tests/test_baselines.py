@@ -7,9 +7,9 @@ from typing import Any
 import captum.attr
 import pytest
 import torch
-from captum.attr import LayerIntegratedGradients
+from captum.attr import FeatureAblation, LayerIntegratedGradients
 
-from captum_llm_ext import LLMGradientAttribution
+from captum_llm_ext import LLMAttribution, LLMGradientAttribution, TextTokenInput
 from tests.cases import (
     assert_close,
     captum_attribution,
@@ -19,7 +19,7 @@ from tests.cases import (
     prompt_input,
     target_ids,
 )
-from tests.families import layer_names, tiny_model, tiny_tokenizer
+from tests.families import PROMPT, layer_names, tiny_model, tiny_tokenizer
 
 # Few steps are enough to compare; that they do not converge is another file's matter.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -86,3 +86,47 @@ def test_several_baselines_are_averaged() -> None:
     assert torch.allclose(both.convergence_delta, delta, atol=1e-4)
     with pytest.raises(ValueError, match="empty list"):
         wrapper.attribute(prompt_input(), baselines=[], **options)
+
+
+def text_ids(text: str, inp: Any) -> torch.Tensor:
+    """The text's tokens in the places of the prompt's, but for its <s>."""
+    given = tiny_tokenizer()(text, add_special_tokens=False).input_ids
+    ids = inp.inp_tensor[0].clone()
+    for place in range(1, len(ids)):
+        ids[place] = given[(place - 1) % len(given)]
+    return ids
+
+
+@pytest.mark.parametrize("text", ["golf", "The capital of Japan is Tokyo and France is Paris"])
+def test_a_baseline_of_text_is_its_tokens_in_order(text: str) -> None:
+    model, inp, target = tiny_model("llama"), prompt_input(), target_ids(2)
+    assert inp.inp_tensor[0, 0] == tiny_tokenizer().bos_token_id
+    ids = text_ids(text, inp)
+    layer = model.model.embed_tokens
+    by_text, by_ids = (
+        our_attribution(LayerIntegratedGradients, model, layer, inp, target=target, baselines=b)
+        for b in (("text", text), ids)
+    )
+    torch.testing.assert_close(by_text.token_attr, by_ids.token_attr)
+    assert not by_text.token_attr[:, 0].any()
+    ablation = LLMAttribution(FeatureAblation(model), tiny_tokenizer())
+    by_text, by_ids = (
+        ablation.attribute(inp, target=target, baselines=b) for b in (("text", text), ids)
+    )
+    torch.testing.assert_close(by_text.token_attr, by_ids.token_attr)
+    own = TextTokenInput(PROMPT, tiny_tokenizer(), baselines=("text", text))
+    torch.testing.assert_close(
+        ablation.attribute(own, target=target).token_attr, by_text.token_attr
+    )
+
+
+def test_a_text_without_tokens_is_no_baseline() -> None:
+    with pytest.raises(ValueError, match="must have a token"):
+        our_attribution(
+            LayerIntegratedGradients,
+            tiny_model("llama"),
+            tiny_model("llama").model.embed_tokens,
+            prompt_input(),
+            target=target_ids(1),
+            baselines=("text", ""),
+        )

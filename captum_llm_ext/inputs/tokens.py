@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from captum_llm_ext.baselines import (
     BaselineSpec,
     baseline_ids,
-    needs_model,
+    needs_prompt,
     own_baseline,
     token_id,
     token_ids,
@@ -28,8 +28,9 @@ class TextTokenInput(CaptumTextTokenInput):
         text: the prompt.
         tokenizer: the model's tokenizer.
         baselines: what stands for an absent token: a token id, a token string, "pad", "eos",
-            "unk", "nearest" (each token's nearest other one by cosine of the embeddings) or
-            ("nearest", n) for the n-th nearest; with gradients also "zero" and "mean". Default: 0.
+            "unk", "nearest" (each token's nearest other one by cosine of the embeddings),
+            ("nearest", n) for the n-th nearest, or ("text", a text) for the tokens of another text
+            in order; with gradients also "zero" and "mean". Default: 0.
         skip_tokens: ids or strings of tokens that are not features and are never replaced.
 
     Raises:
@@ -52,7 +53,7 @@ class TextTokenInput(CaptumTextTokenInput):
         self.named_baseline: BaselineSpec = None
         if isinstance(baselines, Integral):
             baselines = int(baselines)
-        elif needs_model(baselines):
+        elif needs_prompt(baselines):
             self.named_baseline, baselines = baselines, 0
         baseline = token_id(baselines, tokenizer) if isinstance(baselines, str) else baselines
         super().__init__(text, tokenizer, baseline, token_ids(skip_tokens, tokenizer) or None)

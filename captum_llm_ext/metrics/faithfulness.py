@@ -134,9 +134,9 @@ def faithfulness(
         target: what was attributed: a string or ids (n_output,), as given to `attribute`.
         inp: the input that was attributed. Default: the result's own.
         baselines: of a token input, what stands for an absent token: an id, a token string, "pad",
-            "eos", "unk", "nearest" or ids. Default: that of the attribution, or the input's own;
-            for embeddings and lists of baselines there is none. A template has its own always, and
-            a callable one is drawn once.
+            "eos", "unk", "nearest", ("text", a text) or ids. Default: that of the attribution, or
+            the input's own; for embeddings and lists of baselines there is none. A template has
+            its own always, and a callable one is drawn once.
         attr_target: the score: "log_prob" (the default), "prob" (as in both papers), "logit" or
             "rank"; of the sequence, the sum over target tokens, for "prob" their product.
         contrast_target: score(target) − score(contrast) instead, as given to `attribute`.

@@ -20,15 +20,19 @@ import torch
 from torch import Tensor
 
 from captum_llm_ext import load_demo_model
-from tests.benchmarks.integrals import BUDGET, CASES, attribute, pairs, reference, reference_file
+from tests.benchmarks.integrals import (
+    BUDGET,
+    CASES,
+    SENTENCE,
+    attribute,
+    pairs,
+    reference,
+    reference_file,
+)
 from tests.benchmarks.measure import RESULTS, write_results
 from tests.benchmarks.pages import DOCS, fill, markdown
 
 FIXED = 400
-SENTENCE = (
-    "It was one of those days on which one thing came after another and nothing much was said about"
-    " any of it by anyone"
-)
 PAGE = DOCS / "tasks" / "adding_up.md"
 ORDER = ("mean", "pad", "id 0", "a sentence", "zero")
 
@@ -70,21 +74,13 @@ def with_reference(model: Any, tokenizer: Any, name: str, baseline: str) -> dict
 
 def without_reference(model: Any, tokenizer: Any, name: str, baseline: str) -> dict[str, Any]:
     """Rows, delta, and the difference to the fixed rule: an error only if that converged."""
-    start: Any = baseline
+    start = ("text", SENTENCE) if baseline == "a sentence" else baseline
     alone = {"include_per_token_attr": False}
-    if baseline == "a sentence":
-        start = sentence(tokenizer, attribute(model, tokenizer, name, 0, n_steps=1, **alone)[1])
     found = attribute(model, tokenizer, name, start, method="adaptive", **alone)[1]
     fixed = attribute(model, tokenizer, name, start, n_steps=FIXED, **alone)[1]
     difference = _miss(found.seq_attr, fixed.seq_attr)
     figures = {"fixed_delta": _delta(fixed), "difference": difference}
     return _said(_row(name, baseline, found) | figures)
-
-
-def sentence(tokenizer: Any, like: Any) -> Tensor:
-    """A sentence about nothing, as many tokens as the result has features."""
-    ids = tokenizer(SENTENCE, return_tensors="pt").input_ids[0]
-    return ids[: len(like.input_tokens)]
 
 
 def _row(name: str, baseline: str, found: Any) -> dict[str, Any]:

@@ -29,11 +29,14 @@ from captum_llm_ext.compat import CaptumTextTokenInput
 from captum_llm_ext.explain import GRADIENT_METHODS
 from captum_llm_ext.metrics import MethodComparison, compare_methods
 from tests.benchmarks.candidates import BASELINE, CANDIDATES, first_token_aside, result_of
+from tests.benchmarks.integrals import SENTENCE
 from tests.benchmarks.measure import RESULTS, machine_facts
 from tests.benchmarks.pages import DOCS, fill, markdown
 
 PROMPTS = Path(__file__).parent / "prompts.json"
 PAGE = DOCS / "faithfulness.md"
+TEXT = ("text", SENTENCE)
+WITHOUT_PATH = ("saliency", "gradxact")
 NEW_TOKENS = 7
 N_RANDOM = 6
 NAMED: dict[str, tuple[str, dict[str, Any]]] = {
@@ -41,6 +44,7 @@ NAMED: dict[str, tuple[str, dict[str, Any]]] = {
     "gradient × activation": ("gradxact", {}),
     "integrated gradients, 20 steps": ("ig", {"n_steps": 20}),
     "integrated gradients, adaptive": ("ig", {"quadrature": "adaptive"}),
+    "integrated gradients, 20 steps, from a text": ("ig", {"n_steps": 20, "baselines": TEXT}),
     "gradient SHAP, 10 samples": ("gradshap", {"n_samples": 10}),
     "feature ablation": ("ablation", {}),
     "two-stage ablation": ("two_stage", {}),
@@ -86,8 +90,10 @@ def by_name(
     given = dict(options)
     if name in GRADIENT_METHODS:
         given["include_per_token_attr"] = False
-    if isinstance(inp, CaptumTextTokenInput):
-        given["baselines"] = BASELINE
+    if not isinstance(inp, CaptumTextTokenInput):
+        given.pop("baselines", None)  # a template has its own
+    elif name not in WITHOUT_PATH:
+        given.setdefault("baselines", BASELINE)
     return explain(model, tokenizer, inp, target, name, **given)
 
 

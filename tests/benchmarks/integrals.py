@@ -39,6 +39,10 @@ CASES = {
     "farm": ("Old MacDonald had a farm, and on that farm he had a", " cow"),
 }
 BASELINES = {"id 0": 0, "pad": "pad", "mean": "mean"}
+SENTENCE = (
+    "It was one of those days on which one thing came after another and nothing much was said about"
+    " any of it by anyone"
+)
 TOLERANCE, BUDGET = 0.05, 1000  # the defaults of method="adaptive"
 FOLDER = Path(__file__).parent / "references"
 ROWS = 24
