@@ -149,8 +149,9 @@ def baseline_ids(
     kind = ValueError if _is_embedding(baselines) or isinstance(baselines, list) else TypeError
     raise kind(
         "expected a baseline of tokens (an id, a token string, 'pad', 'eos', 'unk', 'nearest', "
-        "('text', a text) or a tensor of ids); embeddings ('zero', 'mean' or a tensor), and several "
-        f"in a list, are for methods with a path alone; got {_shown(baselines)}: pass baselines= with one of tokens"
+        "('text', a text) or a tensor of ids); embeddings ('zero', 'mean' or a tensor), and "
+        f"several in a list, are for methods with a path alone; got {_shown(baselines)}: pass "
+        "baselines= with one of tokens"
     )
 
 
