@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from captum.attr import LayerConductance
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from captum_llm_ext.adapter import sites_in
 from captum_llm_ext.assemble import (
@@ -33,7 +32,6 @@ from captum_llm_ext.baselines import (
 from captum_llm_ext.checks import (
     check_causal,
     check_context,
-    check_counts,
     check_gradients,
     check_ids,
     probed,
@@ -48,30 +46,24 @@ from captum_llm_ext.compat import (
     InterpretableInput,
 )
 from captum_llm_ext.differentiate import (
-    attribute_layers,
-    divides,
     holds_whole_state,
     is_conductance,
-    with_embeddings,
 )
 from captum_llm_ext.encoder_decoder import check_start
 from captum_llm_ext.forward_mode import is_cheaper
+from captum_llm_ext.gradient_job import Job, check_choices, draws, forward_mode_of, rows_per_pass
 from captum_llm_ext.hooks import evaluating, frozen_parameters, without_checkpointing
 from captum_llm_ext.inputs import Features, attributed_with, baseline_tokens, read_features
 from captum_llm_ext.layers import Site, resolve_sites
-from captum_llm_ext.memory import free_bytes
 from captum_llm_ext.methods import RULES, PathRule, Rule, check_baselines, read_rule
 from captum_llm_ext.model_parts import input_device
-from captum_llm_ext.model_pass import Pass, TeacherForcing, tokens_per_pass
+from captum_llm_ext.model_pass import Pass, TeacherForcing
 from captum_llm_ext.prefix_cache import FEWEST_REUSED, PrefixCache, can_be_cut, keeps_cache
 from captum_llm_ext.quantized import dequantized_products, quietly
 from captum_llm_ext.result import LLMAttributionResult
 from captum_llm_ext.targets import GRADIENT_TARGETS, check_attr_target
 from captum_llm_ext.tasks import Request, task_of
 from captum_llm_ext.totals import LayerTotal, Plan
-
-SHARE_OF_MEMORY = 0.5  # of what is free, for what autograd keeps of one pass
-LAYER_MODES = ("independent", "joint")
 
 
 class LLMGradientAttribution(CaptumLLMGradientAttribution):
@@ -218,22 +210,15 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
         """
         if isinstance(baselines, list) and not baselines:
             raise ValueError("baselines must hold at least one baseline, got an empty list")
-        _check_choices(layer_mode, num_trials, internal_batch_size, grad_kwargs, dtype)
+        check_choices(layer_mode, num_trials, internal_batch_size, grad_kwargs, dtype)
         with _differentiable(self.model):
             rule = read_rule(self.attr_method, method_options)
             check_baselines(rule, baselines, type(self.attr_method).__name__)
             if layer_mode == "joint" and is_conductance(rule):
                 raise ValueError("LayerConductance reads its layers: layer_mode='joint' moves them")
-            device = input_device(self.model, self.device)
-            features = read_features(inp, self.tokenizer, device)
             request = Request(target, gen_args, contrast_target, self.attr_target, skip_tokens)
-            task = task_of(self.model)
-            forcing = task.forcing(self.model, self.tokenizer, features.prompt_ids, request)
+            forcing, features, tokens = self._asked(inp, request)
             forcing = replace(forcing, dtype=dtype)
-            features = features.of_prompt(forcing.prompt_ids)
-            check_ids(forcing)
-            check_context(forcing)
-            tokens = task.names(forcing, self.tokenizer)
         # The target is generated above by the model as it is, and differentiated here.
         with _differentiable(self.model), dequantized_products(self.model):
             warn_of_dropout(forcing)
@@ -248,27 +233,40 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
                 per_token=include_per_token_attr,
                 joint=layer_mode == "joint",
                 keep_hidden=include_hidden_attr,
-                rows=internal_batch_size or _rows(forcing, rule),
+                rows=internal_batch_size or rows_per_pass(forcing, rule),
                 causal=causal,
                 column_at=features.column_at(forcing.ids.size(1))[forcing.cut :],
-                forward_mode=_forward_mode(forward_mode, rule, possible, cheap),
+                forward_mode=forward_mode_of(forward_mode, rule, possible, cheap),
                 grad_kwargs=grad_kwargs or {},
             )
             found = sites_in(forcing.model, self._sites)
             sites = [replace(site, at_input=attribute_to_layer_input) for site in found]
             if isinstance(rule, PathRule):
                 warn_of_low_precision(forcing, probe, sites)
-            trials = num_trials if isinstance(rule, PathRule) and _draws(rule, inp) else 1
+            trials = num_trials if isinstance(rule, PathRule) and draws(rule, inp) else 1
             starts = [
                 self._path_start(rule, baseline, inp, features, forcing)
                 for _ in range(trials)
                 for baseline in each_baseline(baselines, inp)
             ]
             more = [read_rule(self.attr_method, method_options) for _ in starts[1:]]
-            job = _Job(forcing, sites, plan)
+            job = Job(forcing, sites, plan)
             totals = job.run([rule, *more], starts, show_progress)
             known = attributed_with(inp, baselines)
             return self._result(job, totals, features, tokens, known, layer_mode)
+
+    def _asked(
+        self, inp: InterpretableInput, request: Request
+    ) -> tuple[TeacherForcing, Features, list[str]]:
+        """Prompt and target, the features in it, and the names of the target's tokens."""
+        device = input_device(self.model, self.device)
+        features = read_features(inp, self.tokenizer, device)
+        task = task_of(self.model)
+        forcing = task.forcing(self.model, self.tokenizer, features.prompt_ids, request)
+        check_ids(forcing)
+        check_context(forcing)
+        tokens = task.names(forcing, self.tokenizer)
+        return forcing, features.of_prompt(forcing.prompt_ids), tokens
 
     def _probed(
         self, forcing: TeacherForcing, features: Features, reuse_prefix: bool
@@ -309,7 +307,7 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
 
     def _result(
         self,
-        job: _Job,
+        job: Job,
         totals: Mapping[Site, LayerTotal],
         features: Features,
         tokens: list[str],
@@ -334,55 +332,6 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
         return single_result(next(iter(by_site.values())), features, tokens, inp)
 
 
-@dataclass(frozen=True)
-class _Job:
-    """Everything that one run of a rule needs, but for the rule."""
-
-    forcing: TeacherForcing
-    sites: Sequence[Site]
-    plan: Plan
-
-    def run(
-        self, rules: Sequence[Rule], starts: Sequence[PathStart | None], show_progress: bool
-    ) -> Mapping[Site, LayerTotal]:
-        """Attributions by site, averaged over trials, each with its rule and its path's start."""
-        walked = is_conductance(rules[0])
-        sites = with_embeddings(self.sites, self.forcing.model) if walked else self.sites
-        with tqdm(total=sum(map(self._rows, rules)), disable=not show_progress) as bar:
-            plan = replace(self.plan, advance=bar.update)
-            runs = [
-                attribute_layers(self.forcing, rule, sites, start, plan)
-                for rule, start in zip(rules, starts, strict=True)
-            ]
-        return {site: LayerTotal.mean([run[site] for run in runs]) for site in runs[0]}
-
-    def _rows(self, rule: Rule) -> int:
-        """Rows that the rule will differentiate."""
-        plan = self.plan
-        spans = self.forcing.spans(plan.per_token, plan.rows, plan.causal, divides(rule, plan))
-        if not isinstance(rule, PathRule):
-            return len(spans)
-        paths = 1 if plan.joint or rule.is_conductance else len(self.sites)
-        points = len(rule.points) if rule.tolerance is None else rule.max_rows
-        return len(spans) * points * paths
-
-
-def _forward_mode(asked: bool | None, rule: Rule, possible: bool, cheap: bool) -> bool | None:
-    """Whether to go forward; None is decided for each layer, when it is known what moves there."""
-    possible = possible and isinstance(rule, PathRule)
-    if asked and not possible:
-        raise ValueError(
-            "forward_mode=True is for methods with a path (such as integrated gradients), with "
-            "include_per_token_attr=True, without include_hidden_attr and joint layers"
-        )
-    return None if asked is None and possible and cheap else bool(asked)
-
-
-def _draws(rule: PathRule, inp: InterpretableInput) -> bool:
-    """Whether another trial would give another result."""
-    return rule.is_random or callable(getattr(inp, "baselines", None))
-
-
 @contextmanager
 def _differentiable(model: torch.nn.Module) -> Iterator[None]:
     """Gradients of activations and not of weights, whatever mode the caller is in."""
@@ -394,33 +343,3 @@ def _differentiable(model: torch.nn.Module) -> Iterator[None]:
         quietly(),
     ):
         yield
-
-
-def _check_choices(
-    layer_mode: str,
-    num_trials: int,
-    internal_batch_size: int | None,
-    grad_kwargs: Mapping[str, Any] | None,
-    dtype: torch.dtype | None,
-) -> None:
-    if dtype not in (None, torch.bfloat16, torch.float16):
-        raise ValueError(f"dtype must be torch.bfloat16, torch.float16 or None, got {dtype!r}")
-    reserved = {"retain_graph", "grad_outputs", "outputs", "inputs"} & set(grad_kwargs or {})
-    if reserved:
-        raise ValueError(f"grad_kwargs cannot set {', '.join(sorted(reserved))}")
-    if layer_mode not in LAYER_MODES:
-        raise ValueError(f"layer_mode must be one of {', '.join(LAYER_MODES)}; got {layer_mode!r}")
-    check_counts(num_trials=num_trials, internal_batch_size=internal_batch_size)
-
-
-def _rows(forcing: TeacherForcing, rule: Rule) -> int:
-    """Path points per pass: for as many tokens as the device works on well, in free memory."""
-    if not isinstance(rule, PathRule):
-        return 1
-    fed = forcing.ids.size(1) - forcing.cut
-    useful = max(1, tokens_per_pass(forcing.ids.device) // fed)
-    useful = min(len(rule.points), useful) if rule.points else useful
-    free = free_bytes(forcing.ids.device) if useful > 1 else None
-    if free is None:
-        return useful
-    return max(1, min(useful, int(SHARE_OF_MEMORY * free) // max(1, forcing.saved_bytes())))
