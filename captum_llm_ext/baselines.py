@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
 from captum_llm_ext.compat import InterpretableInput
 from captum_llm_ext.model_parts import embedded, known_token_embedding, token_embedding
@@ -20,6 +21,7 @@ from captum_llm_ext.model_parts import embedded, known_token_embedding, token_em
 SPECIAL_BASELINES = ("pad", "eos", "unk")
 NEAREST = "nearest"
 TEXT = "text"
+IDS_AT_ONCE = 8192  # of the vocabulary, to be embedded
 
 BaselineSpec = int | str | tuple[str, Any] | Tensor | None
 
@@ -42,9 +44,15 @@ def _zero(model: nn.Module) -> Tensor:
 
 def _mean(model: nn.Module) -> Tensor:
     """Over the vocabulary, as the model embeds it."""
+    chunks = _vocabulary(model)
+    total = torch.stack([embedded(chunk, model).sum(0) for chunk in chunks]).sum(0)
+    return total / sum(map(len, chunks))
+
+
+def _vocabulary(model: nn.Module) -> tuple[Tensor, ...]:
+    """All token ids, so many at a time that their embeddings take little memory."""
     size = token_embedding(model).weight.size(0)  # type: ignore[operator]
-    chunks = torch.arange(size).split(8192)
-    return torch.stack([embedded(chunk, model).sum(0) for chunk in chunks]).sum(0) / size
+    return torch.arange(size).split(IDS_AT_ONCE)
 
 
 EMBEDDING_BASELINES: dict[str, Callable[[nn.Module], Tensor]] = {
@@ -170,14 +178,20 @@ def text_ids(text: str, ids: Tensor, replaced: Tensor, tokenizer: Any) -> Tensor
 
 def nearest_ids(ids: Tensor, rank: int, model: nn.Module) -> Tensor:
     """For each of `ids` (length,) the `rank`-th nearest other token by cosine of the embeddings."""
-    size = token_embedding(model).weight.size(0)  # type: ignore[operator]
+    vocabulary = _vocabulary(model)
+    size = sum(map(len, vocabulary))
     if not (isinstance(rank, Integral) and 1 <= rank < size):
         raise ValueError(f"the rank of 'nearest' must be in 1…{size - 1}, got {rank!r}")
-    unit = torch.nn.functional.normalize(embedded(torch.arange(size), model), dim=-1)
-    index = ids.to(unit.device)
-    cosine = unit[index] @ unit.T
-    cosine.scatter_(1, index[:, None], -torch.inf)
-    return cosine.topk(rank).indices[:, -1].to(ids.device)
+    own = normalize(embedded(ids, model), dim=-1)
+    cosines, nearest = own[:, :0], own[:, :0].long()
+    for chunk in vocabulary:
+        cosine = own @ normalize(embedded(chunk, model), dim=-1).T
+        others = chunk.to(own.device).expand(cosine.shape)
+        cosine[others == ids.to(own.device)[:, None]] = -torch.inf
+        cosines, nearest = torch.cat([cosines, cosine], 1), torch.cat([nearest, others], 1)
+        cosines, best = cosines.topk(min(rank, cosines.size(1)))
+        nearest = nearest.gather(1, best)
+    return nearest[:, -1].to(ids.device)
 
 
 def _chosen(flags: Tensor, index: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -18,6 +18,8 @@ from captum_llm_ext.prefix_cache import keeps_cache
 from captum_llm_ext.prompts import PromptScorer
 from captum_llm_ext.tasks import Request, task_of
 
+Key: TypeAlias = tuple[int, ...]
+
 
 @dataclass
 class Coalitions:
@@ -26,25 +28,22 @@ class Coalitions:
     inp: InterpretableInput
     tokenizer: Any
     scorer: PromptScorer
-    known: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
+    known: dict[Key, Tensor] = field(default_factory=dict)
     show_progress: bool = False
-    _prompts: dict[tuple[bool, ...], Tensor] = field(default_factory=dict)
+    _prompts: dict[tuple[bool, ...], tuple[Key, Tensor]] = field(default_factory=dict)
+    _unscored: dict[Key, Tensor] = field(default_factory=dict)
 
     def prompt(self, row: Tensor) -> Tensor:
         """The ids (n_prompt,) of the prompt with the features that `row` (n_features,) has."""
-        present = tuple((row == 1).tolist())
-        if present not in self._prompts:
-            device = self.scorer.reference.device
-            self._prompts[present] = prompt_ids(self.inp, row[None], self.tokenizer, device)
-        return self._prompts[present]
+        return self._prompt(row)[1]
 
     def add(self, rows: Tensor) -> None:
         for row in rows:
-            self.prompt(row)
+            self._prompt(row)
 
     def score(self) -> None:
         """Score all prompts that have no score yet, each once."""
-        new = {_key(p): p for p in self._prompts.values() if _key(p) not in self.known}
+        new = self._unscored
         if not new:
             return
         longest = max(new.values(), key=len)
@@ -54,13 +53,26 @@ class Coalitions:
         with tqdm(total=len(new), disable=not self.show_progress, desc="prompts") as bar:
             self.scorer.advance = bar.update
             self.known.update(zip(new, self.scorer.scores(list(new.values())), strict=True))
+        self._unscored = {}
 
     def found(self, row: Tensor) -> Tensor:
         """(2, 1 + n_output): scores and log probabilities; scored now if it was not foreseen."""
-        key = _key(self.prompt(row))
+        key = self._prompt(row)[0]
         if key not in self.known:
             self.score()
         return self.known[key]
+
+    def _prompt(self, row: Tensor) -> tuple[Key, Tensor]:
+        """The prompt of a row, after what it is known by."""
+        present = tuple((row == 1).tolist())
+        if present not in self._prompts:
+            device = self.scorer.reference.device
+            prompt = prompt_ids(self.inp, row[None], self.tokenizer, device)
+            key = tuple(prompt.tolist())
+            self._prompts[present] = key, prompt
+            if key not in self.known:
+                self._unscored[key] = prompt
+        return self._prompts[present]
 
 
 def teacher_forcing(
@@ -82,7 +94,3 @@ def prompt_scorer(
     """The scorer of prompts that resemble this one, `rows` at a time."""
     probe = probed(forcing, use_cache=reuse_prefix and keeps_cache(forcing.model))
     return PromptScorer(forcing, probe, check_causal(forcing, probe, product=False), rows)
-
-
-def _key(prompt: Tensor) -> tuple[int, ...]:
-    return tuple(prompt.tolist())

@@ -87,6 +87,7 @@ class TokenEmbeddings(nn.Module):
     def __init__(self, encoder: nn.Module, decoder: nn.Module, n_encoder: int) -> None:
         super().__init__()
         self.encoder, self.decoder, self.n_encoder = encoder, decoder, n_encoder
+        self.training = encoder.training
 
     @property
     def num_embeddings(self) -> int | None:

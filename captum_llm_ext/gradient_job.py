@@ -24,7 +24,7 @@ from captum_llm_ext.methods import PathRule, Rule
 from captum_llm_ext.model_pass import TeacherForcing, tokens_per_pass
 from captum_llm_ext.totals import LayerTotal, Plan
 
-SHARE_OF_MEMORY = 0.5  # of what is free, for what autograd keeps of one pass
+SHARE_FOR_GRAPH = 0.5  # of what is free, for what autograd keeps of one pass
 LAYER_MODES = ("independent", "joint")
 
 
@@ -104,4 +104,4 @@ def rows_per_pass(forcing: TeacherForcing, rule: Rule) -> int:
     free = free_bytes(forcing.ids.device) if useful > 1 else None
     if free is None:
         return useful
-    return max(1, min(useful, int(SHARE_OF_MEMORY * free) // max(1, forcing.saved_bytes())))
+    return max(1, min(useful, int(SHARE_FOR_GRAPH * free) // max(1, forcing.saved_bytes())))

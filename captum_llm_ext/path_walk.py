@@ -16,7 +16,7 @@ from captum_llm_ext.hooks import LayerState, reading, replaying, writing
 from captum_llm_ext.layers import Site
 from captum_llm_ext.memory import Halving
 from captum_llm_ext.methods import PathRule
-from captum_llm_ext.model_pass import Pass, TargetSpan, TeacherForcing
+from captum_llm_ext.model_pass import Pass, TargetSpan, TeacherForcing, tolerance
 from captum_llm_ext.path import LEAP, NEAR_START
 from captum_llm_ext.path_facts import PathFacts, difference_floor
 from captum_llm_ext.totals import LayerTotal, Plan
@@ -62,6 +62,7 @@ class PathWalk:
         self.replayed, self.at_ends = self._scored_ends()
         # Each layer draws its noise as if it were alone.
         self.noise = {s: torch.Generator().manual_seed(self.rule.seed) for s in self.moved}
+        self.leap = self._leap() if self.rule.is_integral else 0.0
         self.groups = self._groups() if self._may_go_forward() else []
 
     def walk(self, totals: Mapping[Site, LayerTotal]) -> None:
@@ -260,30 +261,37 @@ class PathWalk:
     def _scored_ends(self) -> tuple[int, Tensor]:
         """How many blocks can be replayed, and the scores (2, n_checks) at the start and end.
 
-        A third row, next to the start, tells whether the score leaps there.
-
         Replay is right where the path's end has the model's own scores, and else left out: some
         models pass more from block to block than a block's output.
         """
-        ends = {s: _ends(self.starts[s], self.ends[s].tensor) for s in self.moved}
+        ends = {s: torch.cat([self.starts[s], self.ends[s].tensor]) for s in self.moved}
         replayed = min(self.ends[site].blocks_before for site in self.moved)
         with writing(ends):
-            scored = self._run(3, replayed)
+            scored = self._run(2, replayed)
             if replayed and not self._is_models_own(scored):
                 logger.info("blocks cannot be replayed in this model: running all of them")
-                replayed, scored = 0, self._run(3, 0)
-        self.note(torch.tensor([0.0, 1.0, NEAR_START]), scored.sequence_score())
-        self.leap = _leap(scored)
-        return replayed, self.asked_scores(scored)[:2]
+                replayed, scored = 0, self._run(2, 0)
+        self.precision = scored.precision
+        self.note(torch.tensor([0.0, 1.0]), scored.sequence_score())
+        return replayed, self.asked_scores(scored)
 
     def note(self, alphas: Tensor, scores: Tensor) -> None:
         """Keep the sequence scores (rows,) at the points, for the picture of the path."""
         self.seen.update(zip(alphas.tolist(), scores.detach().tolist(), strict=True))
 
+    def _leap(self) -> float:
+        """The share of the score difference that falls next to the start, or 0."""
+        (start, end), near = self.at_ends[:, -1].tolist(), self.scores(torch.tensor([NEAR_START]))
+        leap, largest = abs(float(near[0, -1]) - start), max(abs(start), abs(end))
+        floor = largest if self.forcing.target.attr_target == "prob" else max(1.0, largest)
+        noise = tolerance(self.precision) * floor
+        share = leap / max(abs(end - start), noise, torch.finfo(torch.float32).tiny)
+        return share if leap > noise and share > LEAP else 0.0
+
     def _is_models_own(self, scored: Pass) -> bool:
         scores = scored.token_scores()[1]
-        tolerance = 1e-3 if scored.precision in (torch.float32, torch.float64) else 5e-2
-        allowed = tolerance * self.blocks.scores.abs().clamp(min=1)
+        relative = 1e-3 if scored.precision in (torch.float32, torch.float64) else 5e-2
+        allowed = relative * self.blocks.scores.abs().clamp(min=1)
         return bool(((scores - self.blocks.scores).abs() <= allowed).all())
 
     def add_facts(self, facts: PathFacts) -> None:
@@ -291,19 +299,6 @@ class PathWalk:
         facts.add_ends(self.at_ends, self.span.start, self.span.stop)
         facts.add_scores(self.seen)
         facts.leap = max(facts.leap, self.leap)
-
-
-def _ends(start: Tensor, end: Tensor) -> Tensor:
-    """Start, end, and what is next to the start."""
-    return torch.cat([start, end, start + NEAR_START * (end - start)])
-
-
-def _leap(scored: Pass) -> float:
-    """The share of the score difference that falls next to the start; 0 if it is nothing much."""
-    start, end, near = scored.sequence_score().tolist()
-    leap, noise = abs(near - start), scored.tolerance * max(1.0, abs(start), abs(near))
-    share = leap / max(abs(end - start), noise)
-    return share if leap > noise and share > LEAP else 0.0
 
 
 def _shares(totals: Shared, *values: Tensor) -> Iterator[tuple[Any, ...]]:

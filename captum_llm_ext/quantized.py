@@ -20,7 +20,7 @@ from torch.nn.functional import linear
 from captum_llm_ext.memory import free_bytes
 
 _NOT_QUANTISED = "{} is not quantised yet: move the model to a device first"
-SHARE_OF_MEMORY = 0.25  # of what is free, for weights that are kept dequantised during a call
+SHARE_FOR_WEIGHTS = 0.25  # of what is free, for weights that are kept dequantised during a call
 
 
 def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -101,7 +101,7 @@ class _Weights:
 
     def _left(self, device: torch.device) -> float:
         if device not in self._budget:
-            self._budget[device] = SHARE_OF_MEMORY * (free_bytes(device) or 0)
+            self._budget[device] = SHARE_FOR_WEIGHTS * (free_bytes(device) or 0)
         return self._budget[device]
 
 

@@ -131,7 +131,9 @@ def without_tokens(
     ids: Tensor, skip_tokens: Sequence[int] | Sequence[str] | None, tokenizer: Any
 ) -> Tensor:
     """The ids (n_output,) of a target without some tokens: `skip_tokens`, ids or strings."""
-    skipped = torch.tensor(token_ids(skip_tokens, tokenizer), device=ids.device, dtype=ids.dtype)
+    if not skip_tokens:
+        return ids
+    skipped = torch.tensor(token_ids(skip_tokens, tokenizer), device=ids.device)
     return _checked(ids[~torch.isin(ids, skipped)], "all tokens of the target are skipped")
 
 

@@ -87,10 +87,12 @@ def start_of_zeros(
     return PathStart(torch.zeros_like(ids), replaced, embeddings)
 
 
-def reference(asked: coalitions.Coalitions) -> Tensor:
+def reference(asked: coalitions.Coalitions) -> tuple[coalitions.Key, Tensor]:
     prompt = asked.scorer.reference
-    asked._prompts[True,] = prompt
-    return prompt
+    key = (len(prompt),)
+    if key not in asked.known:
+        asked._unscored[key] = prompt
+    return key, prompt
 
 
 def scores_of_all(
@@ -116,9 +118,8 @@ def valueless(monkeypatch: Any) -> Iterator[nn.Module]:
     monkeypatch.setattr(Features, "n_columns", property(lambda features: len(features.names)))
     monkeypatch.setattr(Features, "first", 0)
     monkeypatch.setattr(gradient, "path_start", start_of_zeros)
-    monkeypatch.setattr(coalitions.Coalitions, "prompt", lambda asked, row: reference(asked))
+    monkeypatch.setattr(coalitions.Coalitions, "_prompt", lambda asked, row: reference(asked))
     monkeypatch.setattr(LLMAttribution, "_run", scores_of_all)
-    monkeypatch.setattr(coalitions, "_key", lambda prompt: (len(prompt),))
     monkeypatch.setattr(prompts, "_shared", lambda prompt, reference: 4)
     monkeypatch.setattr(prompts, "_with_reference", lambda many, own: ([*many, own], len(many)))
     monkeypatch.setattr(prompts.PromptScorer, "_agrees", lambda scorer, found: True)

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from captum_llm_ext.metrics.removal import open_coalitions
 from tests.cases import assert_close, pairwise, target_ids
-from tests.families import CORPUS, FAMILIES, tiny_model
+from tests.families import CORPUS, FAMILIES, tiny_model, tiny_tokenizer
 from tests.perturbation_cases import (
     INPUTS,
     OTHERS,
@@ -285,3 +286,25 @@ def test_progress_is_shown_when_asked_for(capsys: pytest.CaptureFixture[str]) ->
     shown = capsys.readouterr()
     assert silent.out == silent.err == ""
     assert "%" in shown.err
+
+
+def test_prompts_asked_for_one_by_one_cost_no_more_the_more_there_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What a prompt is known by is read off its ids once."""
+    inp = template_input(" ".join(["{}"] * 8), CORPUS[0].split()[:8])
+    asked = open_coalitions(tiny_model("llama"), tiny_tokenizer(), inp, target_ids(1))
+    read, tolist = [], Tensor.tolist
+
+    def counting(tensor: Tensor) -> Any:
+        read.append(tensor.dtype)
+        return tolist(tensor)
+
+    monkeypatch.setattr(Tensor, "tolist", counting)
+    scores = []
+    with torch.no_grad():
+        for number in range(1, 65):
+            row = torch.tensor([number >> bit & 1 for bit in range(8)])
+            scores.append(asked.found(row.float()))
+    assert read.count(torch.int64) <= 2 * 64
+    assert len({float(one[0, 0]) for one in scores}) > 32

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from captum_llm_ext import TextTokenInput
+from captum_llm_ext import TextTokenInput, baselines
 from tests.cases import assert_close, target_ids
 from tests.families import (
     FAMILIES,
@@ -174,6 +174,23 @@ def test_nearest_tokens_as_baselines(family: str, where: str, rank: int) -> None
     value = game(model, replaced_tokens(ids, absent), target)
     result = ours("feature_ablation", model, inp, target=target, **keyword)
     assert_close(rows(result), ablation(value, len(ids)))
+
+
+@pytest.mark.parametrize("rank", [1, 5, 60, 351])
+@pytest.mark.parametrize("at_once", [7, 50, 351, 352])
+def test_nearest_tokens_of_a_vocabulary_in_parts(
+    at_once: int, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(baselines, "IDS_AT_ONCE", at_once)
+    model, ids = tiny_model("llama"), tiny_tokenizer().encode(SHORT)
+    embedded: list[int] = []
+    hook = model.get_input_embeddings().register_forward_hook(
+        lambda _, args, __: embedded.append(args[0].numel())
+    )
+    found = baselines.nearest_ids(torch.tensor(ids), rank, model)
+    hook.remove()
+    assert found.tolist() == nearest_by_hand(model, ids, rank)
+    assert max(embedded) == at_once
 
 
 def test_nearest_tokens_leave_skipped_ones_and_the_input_alone() -> None:

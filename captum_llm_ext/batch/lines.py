@@ -1,4 +1,4 @@
-"""The lines of a file of requests, and the request that a line holds."""
+"""The lines of a file of prompts, and what a line asks for."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Request:
+class PromptLine:
     """What a line asks for: the input, the target (None: generated) and the options of its own."""
 
     inp: InterpretableInput
@@ -68,10 +68,10 @@ def read_fields(line: Line) -> dict[str, Any]:
     return present
 
 
-def read_request(
+def read_prompt(
     line: Line, tokenizer: Any, by: str, roles: Sequence[str], target: str | None
-) -> Request:
-    """The request of a line; `target` is for lines without one.
+) -> PromptLine:
+    """What a line asks for; `target` is for lines without one.
 
     Raises:
         ValueError: as `read_fields`, or the input has no meaning.
@@ -84,13 +84,13 @@ def read_request(
         **{name: fields[name] for name in INPUT_FIELDS if name in fields},
     )
     options = {name: fields[name] for name in OPTION_FIELDS if name in fields}
-    return Request(inp, fields.get("target", target), options)
+    return PromptLine(inp, fields.get("target", target), options)
 
 
 def number_of_tokens(line: Line, tokenizer: Any, by: str, roles: Sequence[str]) -> int:
     """Length of a line's prompt in tokens; 0 where the line is not well-formed."""
     try:
-        inp = read_request(line, tokenizer, by, roles, None).inp
+        inp = read_prompt(line, tokenizer, by, roles, None).inp
         return len(prompt_ids(inp, None, tokenizer, "cpu"))
     except Exception:  # of any kind: it is told when the line's turn comes
         return 0

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from captum_llm_ext.batch.journal import Record
-from captum_llm_ext.batch.lines import Line, identity, read_request
+from captum_llm_ext.batch.lines import Line, identity, read_prompt
 from captum_llm_ext.explain import Layers, explain
 from captum_llm_ext.seeds import seeded
 from captum_llm_ext.warning import warn
@@ -50,15 +50,15 @@ class Explainer:
             return head | {"status": "error", "error": about}
 
     def _result(self, line: Line) -> str:
-        request = read_request(line, self.tokenizer, self.by, self.roles, self.target)
-        options = {**self.options, **request.options}
-        if request.target is not None:
+        asked = read_prompt(line, self.tokenizer, self.by, self.roles, self.target)
+        options = {**self.options, **asked.options}
+        if asked.target is not None:
             options.pop("gen_args", None)
         result = explain(
             self.model,
             self.tokenizer,
-            request.inp,
-            request.target,
+            asked.inp,
+            asked.target,
             self.method,
             self.layers,
             **options,
