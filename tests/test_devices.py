@@ -113,6 +113,7 @@ def valueless(monkeypatch: Any) -> Iterator[nn.Module]:
     monkeypatch.setattr(model_pass.Pass, "is_causal", lambda scored: True)
     monkeypatch.setattr(places, "_check_features", lambda site, columns: None)
     monkeypatch.setattr(path_walk.PathWalk, "note", lambda walk, alphas, scored: None)
+    monkeypatch.setattr(path_walk.PathWalk, "_leap", lambda walk: 0.0)
     monkeypatch.setattr(hooks, "is_ids", lambda tensor, ids: tensor.shape == ids.shape)
     monkeypatch.setattr(path_walk.PathWalk, "_is_models_own", lambda walk, scored: True)
     monkeypatch.setattr(Features, "n_columns", property(lambda features: len(features.names)))
