@@ -74,10 +74,15 @@ def warn_of_low_precision(forcing: TeacherForcing, probe: Pass, sites: Sequence[
         )
 
 
-def probed(forcing: TeacherForcing, use_cache: bool = False) -> Pass:
-    """The pass that tells whether the model is causal; dropout would look as if it were not."""
+def probed(forcing: TeacherForcing, use_cache: bool = False, filled_up: bool = True) -> Pass:
+    """The pass that tells whether the model is causal; dropout would look as if it were not.
+
+    filled_up: whether prompts may be filled up or cut into a cached prefix, which asks for a
+    causal model even for a target of one token.
+    """
+    alone = isinstance(forcing.model, Adapter) or forcing.target.of_positions
     with evaluating(forcing.model):
-        return forcing.probe(use_cache)
+        return forcing.probe(use_cache, of_prompt=filled_up and not alone)
 
 
 def check_finite(probe: Pass) -> None:
@@ -89,14 +94,10 @@ def check_finite(probe: Pass) -> None:
         )
 
 
-def check_causal(
-    forcing: TeacherForcing, probe: Pass, product: bool = True, filled_up: bool = True
-) -> bool:
+def check_causal(forcing: TeacherForcing, probe: Pass, product: bool = True) -> bool:
     """Whether one pass can score all target tokens; says so when it cannot.
 
-    product: whether a product of probabilities must come from one pass; filled_up: whether prompts
-    may be filled up or cut into a cached prefix, which asks for a causal model even for a target
-    of one token.
+    product: whether a product of probabilities must come from one pass.
     """
     check_finite(probe)
     if quantizes_activations(forcing.model):
@@ -106,7 +107,7 @@ def check_causal(
             "pass, and gradients are taken with the dequantised weights",
         )
         return True
-    if probe.is_causal() and not (filled_up and _sees_on(forcing)):
+    if probe.is_causal():
         return True
     if product and not forcing.target.is_additive:
         raise ValueError(
@@ -118,13 +119,6 @@ def check_causal(
         "the target is scored token by token, one pass each",
     )
     return False
-
-
-def _sees_on(forcing: TeacherForcing) -> bool:
-    """Of a target of one token: whether the model sees what comes later in the prompt."""
-    known = isinstance(forcing.model, Adapter) or len(forcing.target) > 1
-    with evaluating(forcing.model):
-        return not known and not forcing.is_causal_in_prompt()
 
 
 def check_gradients(forcing: TeacherForcing) -> None:

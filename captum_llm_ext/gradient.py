@@ -273,8 +273,9 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
     ) -> tuple[TeacherForcing, Pass, bool]:
         """The pass with what precedes all features cached, its probe, and whether it is causal."""
         cut = features.first if reuse_prefix and keeps_cache(forcing.model) else 0
-        probe = probed(forcing, use_cache=cut >= FEWEST_REUSED)
-        causal = check_causal(forcing, probe, filled_up=cut >= FEWEST_REUSED)
+        reused = cut >= FEWEST_REUSED
+        probe = probed(forcing, use_cache=reused, filled_up=reused)
+        causal = check_causal(forcing, probe)
         if not causal or not can_be_cut(probe.cache):
             return forcing, probe, causal
         cache = PrefixCache(self.model, forcing.prompt_ids[0], probe.cache, forcing.ids.size(1))

@@ -118,11 +118,14 @@ class TeacherForcing:
         return TargetSpan(0, len(self.target))
 
     @torch.no_grad()
-    def probe(self, use_cache: bool = False) -> Pass:
+    def probe(self, use_cache: bool = False, of_prompt: bool = False) -> Pass:
         """Row 0: the target as it is. Row 1, if it has two tokens: the last one fed changed.
 
-        Two passes of one row, since not every model takes two rows.
+        Two passes of one row, since not every model takes two rows. of_prompt: of a target of one
+        token, which nothing follows, ask the same of the prompt's last token.
         """
+        if of_prompt and not len(self.target.fed) and self.n_prompt > 1:
+            return self._probe_of_prompt(use_cache)
         span = self.whole
         own = self.run(self.ids, span, use_cache=use_cache)
         if not len(self.target.fed):
@@ -130,16 +133,12 @@ class TeacherForcing:
         changed = self.run(_with_last_id_changed(self.ids), span)
         return replace(own, logits=torch.cat([own.logits, changed.logits]))
 
-    def is_causal_in_prompt(self) -> bool:
-        """Whether changing the prompt's last token leaves the log probability of it alone.
-
-        Nothing follows a target of one token, so the prompt's last one is taken for a target here.
-        """
+    def _probe_of_prompt(self, use_cache: bool) -> Pass:
         ids = self.prompt_ids
-        if ids.size(1) < 2 or self.target.of_positions:
-            return True
-        last = Target(torch.cat([ids[0, -1:], self.target.ids]))
-        return replace(self, prompt_ids=ids[:, :-1], target=last).probe().is_causal()
+        target = Target(torch.cat([ids[0, -1:], self.target.ids]))
+        longer = replace(self, prompt_ids=ids[:, :-1], target=target).probe(use_cache)
+        logits, causal = longer.logits[:1, -1:], longer.is_causal()
+        return replace(longer, target=self.target, span=self.whole, logits=logits, causal=causal)
 
     def spans(
         self, per_token: bool, rows: int, causal: bool, divide: bool = True
@@ -167,7 +166,10 @@ class TeacherForcing:
 
 @dataclass(frozen=True)
 class Pass:
-    """What one pass gave: logits (rows, len(span), vocabulary), to score and to differentiate."""
+    """What one pass gave: logits (rows, len(span), vocabulary), to score and to differentiate.
+
+    causal: of a probe, what is known already of the model.
+    """
 
     target: Target
     span: TargetSpan
@@ -175,6 +177,7 @@ class Pass:
     head: HeadInput = field(default_factory=HeadInput)
     cache: Any = None
     precision: torch.dtype = torch.float32
+    causal: bool | None = None
 
     @property
     def tolerance(self) -> float:
@@ -199,6 +202,8 @@ class Pass:
 
     def is_causal(self) -> bool:
         """Of a probe: whether changing a later target token leaves all earlier scores alone."""
+        if self.causal is not None:
+            return self.causal
         scores = replace(self, target=self.target.as_log_prob()).token_scores()
         if len(scores) == 1:
             return True

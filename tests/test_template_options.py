@@ -17,6 +17,7 @@ from tests.cases import STEPS, assert_close, our_attribution, target_ids
 from tests.families import (
     layer_names,
     tiny_model,
+    tiny_tokenizer,
 )
 from tests.oracles import (
     Problem,
@@ -115,7 +116,8 @@ def test_generated_tokens_are_further_columns(method: str, mask: list[int] | Non
     inp = template_input(list(SAME_LENGTH), mask=mask)
     result = attribute(kind, "llama", "embedding", inp, 3, include_generated=True, **options)
     assert result.token_attr.shape == (3, len(VALUES) + 3)
-    assert result.input_tokens == [*VALUES, *result.output_tokens]
+    generated = tiny_tokenizer().convert_ids_to_tokens(target_ids(3))
+    assert result.input_tokens == [*VALUES, *generated]
     assert_close(result.token_attr, expected)
 
 

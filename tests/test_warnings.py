@@ -48,7 +48,7 @@ CASES: dict[str, Callable[[], Any]] = {
         tiny_model("llama", fresh=True).bfloat16(), "model.embed_tokens", n_steps=2
     ),
     "training mode": lambda: ablation(with_dropout()),
-    "of 2 sums": lambda: explain(
+    "sums of attributions": lambda: explain(
         tiny_model("llama"), tiny_tokenizer(), "The capital", target_ids(2), "ig", n_steps=2
     ),
 }
