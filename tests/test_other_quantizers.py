@@ -104,7 +104,7 @@ def with_layers(make: Any, only: str = "") -> nn.Module:
         if isinstance(module, nn.Linear) and name != "lm_head" and only in name:
             parent, _, last = name.rpartition(".")
             setattr(model.get_submodule(parent), last, make(module))
-    return model
+    return model.eval()  # of new layers that are in training mode, dropout would be asked
 
 
 def rounded_model() -> nn.Module:
