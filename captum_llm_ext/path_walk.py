@@ -64,6 +64,7 @@ class PathWalk:
         self.noise = {s: torch.Generator().manual_seed(self.rule.seed) for s in self.moved}
         self.leap = self._leap() if self.rule.is_integral else 0.0
         self.groups = self._groups() if self._may_go_forward() else []
+        self.checked = False  # whether forward mode was found to agree with backward
 
     def walk(self, totals: Mapping[Site, LayerTotal]) -> None:
         """Add the attributions at the rule's points to the totals."""
@@ -172,16 +173,40 @@ class PathWalk:
         except (NotImplementedError, RuntimeError) as error:
             if "forward" not in str(error):
                 raise
-            if self.plan.forward_mode:
-                raise ValueError(f"this model cannot do forward_mode=True: {error}") from error
-            logger.info("no forward mode in this model (%s): going backward", error)
-            self.groups = []
-            return False
+            return self._go_backward(error)
+        if not self.checked and not self._agrees(values, factors, found):
+            return self._go_backward("its derivatives are not those of a backward pass")
+        self.checked = True
         for group, (tokens, sequence, scores) in zip(self.groups, found, strict=True):
             self.note(alphas, scores)
             for total, token_part, part in _shares(totals, tokens, sequence):
                 total[site].add_at(group[0], self.span.start, token_part.sum(0), part.sum(0))
         return True
+
+    def _go_backward(self, reason: object) -> bool:
+        if self.plan.forward_mode:
+            raise ValueError(f"this model cannot do forward_mode=True: {reason}")
+        logger.info("no forward mode in this model (%s): going backward", reason)
+        self.groups = []
+        return False
+
+    def _agrees(
+        self,
+        values: Mapping[Site, Tensor],
+        factors: Mapping[Site, Tensor],
+        found: Sequence[tuple[Tensor, ...]],
+    ) -> bool:
+        """Whether the first row's derivatives add up to those of a backward pass: some operations
+        lose tangents without a word."""
+        site = self.chain[0]
+        with writing(_part(values, slice(0, 1))), reading(self.chain) as read:
+            scored = self._run(1, self.replayed, self.chain)
+        _, (gradient,) = next(scored.gradients([read[site]], per_token=False))
+        products = factors[site][:1] * gradient.float()
+        products = products.reshape(*products.shape[:2], -1).sum(-1)
+        forward = sum(float(sequence[0]) for _, sequence, _ in found)
+        allowed = 10 * tolerance(scored.precision) * float(products.abs().sum())
+        return abs(forward - float(products.sum())) <= allowed
 
     def _may_go_forward(self) -> bool:
         """Whether the attributions are sums of hidden units, of one layer, for each token."""

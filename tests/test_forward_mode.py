@@ -13,7 +13,7 @@ from captum.attr import (
     TextTemplateInput,
 )
 
-from captum_llm_ext import LLMGradientAttribution
+from captum_llm_ext import LLMGradientAttribution, path_walk
 from captum_llm_ext.forward_mode import derivatives, is_cheaper
 from tests.cases import assert_close, target_ids
 from tests.families import FAMILIES, BidirectionalToy, layer_names, tiny_model, tiny_tokenizer
@@ -134,3 +134,20 @@ def test_a_model_that_cannot_goes_backward_or_says_so() -> None:
 def test_where_it_has_no_meaning(method: Any, options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="forward_mode=True"):
         attribute(tiny_model("llama"), "model.layers.1", method, forward_mode=True, **options)
+
+
+def test_derivatives_that_are_wrong_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some operations lose tangents: then the sum of the forward derivatives is another one."""
+    model = tiny_model("llama")
+    backward = attribute(model, "model.embed_tokens", forward_mode=False)
+    own = derivatives
+
+    def lossy(*arguments: Any) -> tuple[torch.Tensor, ...]:
+        tokens, sequence, score = own(*arguments)
+        return tokens / 2, sequence / 2, score
+
+    monkeypatch.setattr(path_walk, "derivatives", lossy)
+    chosen = attribute(model, "model.embed_tokens")
+    assert_close(chosen.token_attr, backward.token_attr)
+    with pytest.raises(ValueError, match="not those of a backward pass"):
+        attribute(model, "model.embed_tokens", forward_mode=True)
