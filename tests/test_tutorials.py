@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,10 @@ from nbclient import NotebookClient
 ROOT = Path(__file__).parent.parent
 TUTORIALS = sorted((ROOT / "tutorials").glob("*.ipynb"))
 LARGEST = 1_000_000  # bytes
+PINNED = all(
+    f"{name}=={version(name).partition('+')[0]}" in (ROOT / "constraints.txt").read_text().split()
+    for name in ("numpy", "scikit-learn", "torch", "transformers")
+)
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e-?\d+)?")
 SECONDS_PER_CELL = 300
 
@@ -91,4 +96,5 @@ def test_runs(path: Path, tmp_path: Path, monkeypatch: Any, demo_model: Any) -> 
     client.execute()
     assert complaints(notebook) == []
     assert len(nbformat.writes(notebook).encode()) < LARGEST
-    assert same(printed(notebook), saved), "the saved outputs are not today's: make tutorials"
+    if PINNED:  # other versions draw other samples
+        assert same(printed(notebook), saved), "the saved outputs are not today's: make tutorials"
