@@ -15,6 +15,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from tests.cases import prompt_input
 from tests.families import VOCAB_SIZE, _randomise
 
 bnb: Any = pytest.importorskip("bitsandbytes", reason="quantised models need bitsandbytes")
@@ -183,3 +184,15 @@ def layout(model: nn.Module) -> dict[Any, Any]:
             {key: contents(getattr(parameter, key, None)) for key in extra},
         )
     return found
+
+
+class Pair:
+    """A quantised model, and the float copy that has the weights its bytes mean."""
+
+    def __init__(self, kind: str, ran: bool, family: str = "Qwen2") -> None:
+        model = tiny_float_model(family)
+        self.model = quantized(model, kind)
+        weights = {rounded: stored_weights(self.model, rounded) for rounded in (False, True)}
+        if ran:
+            self.model.generate(prompt_input().inp_tensor, max_new_tokens=2, do_sample=False)
+        self.reference = with_weights(model, weights[is_packed(self.model)], self.model)

@@ -10,7 +10,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from tests.families import VOCAB_SIZE, _randomise, tiny_tokenizer
+from captum_llm_ext import TextTokenInput
+from tests.cases import BASELINE
+from tests.families import PROMPT, VOCAB_SIZE, _randomise, tiny_tokenizer
 
 _BART = {
     "vocab_size": VOCAB_SIZE,
@@ -148,3 +150,7 @@ def loop_with_generated(
             else:
                 rows[t, ids.size(1) : ids.size(1) + t] = summed[1:]
     return rows
+
+
+def prompt() -> TextTokenInput:
+    return TextTokenInput(PROMPT, tiny_tokenizer(), baselines=BASELINE)
