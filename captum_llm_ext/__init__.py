@@ -14,10 +14,11 @@ from captum.attr import (
     ShapleyValueSampling,
 )
 
-from captum_llm_ext.attention import LLMAttentionAttribution
-from captum_llm_ext.batch import BatchReport, batch
-from captum_llm_ext.explain import explain
-from captum_llm_ext.gradient import LLMGradientAttribution
+from captum_llm_ext.attention.wrapper import LLMAttentionAttribution
+from captum_llm_ext.batches import BatchReport, batch
+from captum_llm_ext.explaining import explain
+from captum_llm_ext.gradients.methods import LayerSaliency
+from captum_llm_ext.gradients.wrapper import LLMGradientAttribution
 from captum_llm_ext.inputs import (
     TextTemplateInput,
     TextTokenInput,
@@ -25,17 +26,16 @@ from captum_llm_ext.inputs import (
     qa_input,
     segment_input,
 )
-from captum_llm_ext.layers import find_layers
-from captum_llm_ext.methods import LayerSaliency
 from captum_llm_ext.metrics import compare_methods, faithfulness
-from captum_llm_ext.models import load_demo_model, load_model
-from captum_llm_ext.perturbation import LLMAttribution
-from captum_llm_ext.result import (
+from captum_llm_ext.model.layers import find_layers
+from captum_llm_ext.model.loading import load_demo_model, load_model
+from captum_llm_ext.perturbations.two_stage import TwoStageAblation
+from captum_llm_ext.perturbations.wrapper import LLMAttribution
+from captum_llm_ext.results import (
     LLMAttentionAttributionResult,
     LLMAttributionResult,
     LLMLayerAttributionResult,
 )
-from captum_llm_ext.two_stage import TwoStageAblation
 
 __version__ = "0.1.0"
 

@@ -15,17 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from captum_llm_ext import LLMGradientAttribution, TextTemplateInput, explain
-from captum_llm_ext.attention_maps import LAYER_MAPS, ByFeature, LayerAttention
-from captum_llm_ext.baselines import EMBEDDING_BASELINES
+from captum_llm_ext.attention.maps import LAYER_MAPS, ByFeature, LayerAttention
 from captum_llm_ext.compat import GradientAttribution, LayerAttribution
 from captum_llm_ext.display.figures import label_style, open_figure
 from captum_llm_ext.display.tokens import readable_tokens
-from captum_llm_ext.explain import GRADIENT_METHODS
+from captum_llm_ext.explaining import GRADIENT_METHODS
+from captum_llm_ext.gradients.methods import RULES, PointRule
+from captum_llm_ext.inputs.baselines import EMBEDDING_BASELINES
 from captum_llm_ext.inputs.segments import template_of_spans
-from captum_llm_ext.methods import RULES, PointRule
-from captum_llm_ext.result.attention import OVER_LAYERS
-from tests import families
-from tests.cases import (
+from captum_llm_ext.results.attention import OVER_LAYERS
+from tests.models import families
+from tests.models.families import PROMPT, tiny_model, tiny_tokenizer
+from tests.oracles.cases import (
     assert_close,
     captum_attribution,
     our_attribution,
@@ -34,8 +35,7 @@ from tests.cases import (
     prompt_input,
     target_ids,
 )
-from tests.families import PROMPT, tiny_model, tiny_tokenizer
-from tests.oracles import gradients
+from tests.oracles.gradients import gradients
 
 ROOT = Path(__file__).parent.parent
 BLOCK = "model.layers.1"

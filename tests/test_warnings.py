@@ -15,8 +15,8 @@ from captum_llm_ext import (
     LLMGradientAttribution,
     explain,
 )
-from tests.cases import prompt_input, target_ids
-from tests.families import BidirectionalToy, tiny_model, tiny_tokenizer
+from tests.models.families import BidirectionalToy, tiny_model, tiny_tokenizer
+from tests.oracles.cases import prompt_input, target_ids
 
 
 def gradients(model: Any, layer: str, **options: Any) -> Any:

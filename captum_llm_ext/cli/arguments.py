@@ -10,16 +10,16 @@ import json
 from argparse import SUPPRESS, ArgumentTypeError, BooleanOptionalAction
 from typing import Any, NoReturn
 
-from captum_llm_ext.attention_maps import LAYER_MAPS
+from captum_llm_ext.attention.maps import LAYER_MAPS
 from captum_llm_ext.compat import FIXED_RULES
-from captum_llm_ext.explain import METHODS
+from captum_llm_ext.explaining import METHODS
+from captum_llm_ext.gradients.methods import NORMS
+from captum_llm_ext.gradients.quadrature import ADAPTIVE
 from captum_llm_ext.inputs.chats import CHAT_FEATURES
 from captum_llm_ext.inputs.questions import QA_FEATURES
-from captum_llm_ext.methods import NORMS
-from captum_llm_ext.models import QUANTIZATIONS
-from captum_llm_ext.path import ADAPTIVE
-from captum_llm_ext.targets import PERTURBATION_TARGETS
-from captum_llm_ext.tasks import TASKS
+from captum_llm_ext.inputs.targets import PERTURBATION_TARGETS
+from captum_llm_ext.model.loading import QUANTIZATIONS
+from captum_llm_ext.scoring.tasks import TASKS
 
 DTYPES = ("float32", "bfloat16", "float16")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from captum_llm_ext.batch import BatchReport, batch
+from captum_llm_ext.batches import BatchReport, batch
 from captum_llm_ext.cli.arguments import (
     Parser,
     add_input_arguments,

@@ -17,10 +17,10 @@ from captum_llm_ext.cli.arguments import (
 )
 from captum_llm_ext.cli.options import explain_options, given, layers, loaded
 from captum_llm_ext.cli.outputs import add_output_arguments, show
-from captum_llm_ext.explain import explain
+from captum_llm_ext.explaining import explain
+from captum_llm_ext.model.random_state import seeded
 from captum_llm_ext.requests import check_options, requested_input
-from captum_llm_ext.seeds import seeded
-from captum_llm_ext.tasks import QA, TASKS, task_of
+from captum_llm_ext.scoring.tasks import QA, TASKS, task_of
 
 DESCRIPTION = "Show which words of a prompt made a language model say what it said."
 EXAMPLES = """\

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from captum_llm_ext.batch.processes import this_process
-from captum_llm_ext.explain import Layers
-from captum_llm_ext.models import load_demo_model, load_model
-from captum_llm_ext.tasks import CAUSAL
+from captum_llm_ext.batches.processes import this_process
+from captum_llm_ext.explaining import Layers
+from captum_llm_ext.model.loading import load_demo_model, load_model
+from captum_llm_ext.scoring.tasks import CAUSAL
 
 LOAD_OPTIONS = ("task", "quantization", "dtype", "device_map")
 # Those of `explain` that are on the command line as they are, in the namespace where given.

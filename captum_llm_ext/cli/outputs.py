@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from captum_llm_ext.display.tokens import readable_token, short_layer_names
-from captum_llm_ext.result import LLMAttributionResult, LLMLayerAttributionResult
+from captum_llm_ext.results import LLMAttributionResult, LLMLayerAttributionResult
 
 PICTURE_DPI = 100
 STRONGEST_TOKENS = 3

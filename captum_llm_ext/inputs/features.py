@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from captum_llm_ext.baselines import token_id
 from captum_llm_ext.compat import CaptumTextTemplateInput, CaptumTextTokenInput, InterpretableInput
+from captum_llm_ext.inputs.baselines import token_id
 from captum_llm_ext.inputs.templates import check_template, drawn, render_template, value_spans
 from captum_llm_ext.inputs.tokens import encode_with_offsets
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from captum_llm_ext.baselines import (
+from captum_llm_ext.compat import CaptumTextTokenInput, InterpretableInput
+from captum_llm_ext.inputs.baselines import (
     BaselineSpec,
     baseline_ids,
     needs_prompt,
@@ -18,7 +19,6 @@ from captum_llm_ext.baselines import (
     token_id,
     token_ids,
 )
-from captum_llm_ext.compat import CaptumTextTokenInput, InterpretableInput
 
 
 class TextTokenInput(CaptumTextTokenInput):

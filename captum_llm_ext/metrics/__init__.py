@@ -2,7 +2,7 @@
 
 from captum_llm_ext.metrics.comparison import MethodComparison, compare_methods
 from captum_llm_ext.metrics.curves import RemovalCurves
-from captum_llm_ext.metrics.faithfulness import Faithfulness, faithfulness
+from captum_llm_ext.metrics.judging import Faithfulness, faithfulness
 
 __all__ = [
     "Faithfulness",

@@ -14,12 +14,9 @@ from captum.attr import LLMAttributionResult as CaptumLLMAttributionResult
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from captum_llm_ext.baselines import BaselineSpec
-from captum_llm_ext.checks import check_counts
-from captum_llm_ext.coalitions import Coalitions
 from captum_llm_ext.compat import CaptumTextTokenInput, InterpretableInput
 from captum_llm_ext.display import draw_measures
-from captum_llm_ext.explain import (
+from captum_llm_ext.explaining import (
     GRADIENT_METHODS,
     METHODS,
     WITHOUT_BASELINES,
@@ -28,9 +25,12 @@ from captum_llm_ext.explain import (
     explain,
 )
 from captum_llm_ext.inputs import drawn
+from captum_llm_ext.inputs.baselines import BaselineSpec
 from captum_llm_ext.metrics.curves import FRACTIONS, MEASURES
-from captum_llm_ext.metrics.faithfulness import Faithfulness
+from captum_llm_ext.metrics.judging import Faithfulness
 from captum_llm_ext.metrics.removal import MOST_STEPS, Removal, feature_attr, open_coalitions
+from captum_llm_ext.perturbations.masked_prompts import Coalitions
+from captum_llm_ext.scoring.checks import check_counts
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from captum_llm_ext import TextTemplateInput, explain, load_demo_model, segment_input
 from captum_llm_ext.compat import CaptumTextTokenInput
-from captum_llm_ext.explain import GRADIENT_METHODS
+from captum_llm_ext.explaining import GRADIENT_METHODS
 from captum_llm_ext.metrics import MethodComparison, compare_methods
 from tests.benchmarks.candidates import BASELINE, CANDIDATES, first_token_aside, result_of
 from tests.benchmarks.integrals import SENTENCE

@@ -18,7 +18,8 @@ from unittest.mock import patch
 
 import torch
 
-from captum_llm_ext import adaptive, load_demo_model
+from captum_llm_ext import load_demo_model
+from captum_llm_ext.gradients import adaptive
 from tests.benchmarks.integrals import BUDGET, CASES, attribute, reference
 from tests.benchmarks.measure import RESULTS, write_results
 from tests.benchmarks.pages import DOCS, fill, markdown

@@ -30,9 +30,9 @@ from captum_llm_ext import (
     load_demo_model,
     load_model,
 )
-from captum_llm_ext.models import DEMO_FOLDER, _cache_folder
+from captum_llm_ext.model.loading import DEMO_FOLDER, _cache_folder
 from tests.benchmarks.measure import write_results
-from tests.quantized_models import is_packed, stored_weights, with_weights
+from tests.models.quantized import is_packed, stored_weights, with_weights
 
 PROMPT = "Dave lives in Palm Coast, FL and is a lawyer. His personal interests include"
 TARGET = " playing golf, hiking"

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from captum_llm_ext import load_demo_model
-from captum_llm_ext.models import DEMO_FOLDER, _cache_folder
+from captum_llm_ext.model.loading import DEMO_FOLDER, _cache_folder
 from tests.benchmarks.measure import RESULTS, machine_facts
 from tests.benchmarks.peers.compare import compared
 from tests.benchmarks.peers.render import write_page

@@ -1,0 +1,1 @@
+"""Attribution by the attention that target tokens pay to the prompt."""

@@ -1,0 +1,1 @@
+"""Attribution by gradients, at the input or along a path."""

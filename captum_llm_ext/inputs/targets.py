@@ -1,0 +1,196 @@
+"""The target: which token ids it has, and how logits become its scores."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from captum_llm_ext.compat import DEFAULT_GEN_ARGS, _convert_ids_to_pretty_tokens
+from captum_llm_ext.display import readable_token
+from captum_llm_ext.inputs.baselines import token_ids
+
+GRADIENT_TARGETS = ("log_prob", "prob", "logit")
+PERTURBATION_TARGETS = (*GRADIENT_TARGETS, "rank")
+
+
+@dataclass(frozen=True)
+class Target:
+    """Target tokens and what is attributed of them.
+
+    ids: (n_output,) token ids; contrast: (n_output,) token ids to compare with, or None;
+    attr_target: "log_prob", "prob", "logit", or "rank" (minus how many tokens are likelier);
+    of_positions: the ids are positions of the prompt, and the logits are over these.
+    """
+
+    ids: Tensor
+    attr_target: str = "log_prob"
+    contrast: Tensor | None = None
+    of_positions: bool = False
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def fed(self) -> Tensor:
+        """The ids that the model is fed to score all of them: all but the last, or none."""
+        return self.ids[:0] if self.of_positions else self.ids[:-1]
+
+    @property
+    def vocabulary_ids(self) -> list[Tensor]:
+        """The ids that the model's vocabulary is to have."""
+        given = [] if self.of_positions else [self.ids, self.contrast]
+        return [ids for ids in given if ids is not None]
+
+    @property
+    def is_additive(self) -> bool:
+        """Whether the sequence score is the sum of the token scores."""
+        return self.attr_target != "prob"
+
+    def as_log_prob(self) -> Target:
+        """The same tokens, scored by their log probability."""
+        return replace(self, attr_target="log_prob", contrast=None)
+
+    def token_scores(self, logits: Tensor, start: int, stop: int) -> Tensor:
+        """Scores (rows, stop - start) of target tokens start…stop-1 from their logits."""
+        values = self._values(logits, self.ids[start:stop])
+        if self.contrast is None:
+            return self._unit(values)
+        return self._unit(values) - self._unit(self._values(logits, self.contrast[start:stop]))
+
+    def sequence_score(self, logits: Tensor, start: int, stop: int) -> Tensor:
+        """Score (rows,) of the target tokens start…stop-1 together."""
+        if self.is_additive:
+            return self.token_scores(logits, start, stop).sum(1)
+        score = self._values(logits, self.ids[start:stop]).sum(1).exp()
+        if self.contrast is None:
+            return score
+        return score - self._values(logits, self.contrast[start:stop]).sum(1).exp()
+
+    def _values(self, logits: Tensor, ids: Tensor) -> Tensor:
+        logits = logits.float()
+        index = ids.to(logits.device).expand(logits.size(0), -1).unsqueeze(-1)
+        chosen = logits.gather(-1, index).squeeze(-1)
+        if self.attr_target == "rank":
+            return -(logits > chosen.unsqueeze(-1)).sum(-1).float()
+        return chosen if self.attr_target == "logit" else chosen - logits.logsumexp(-1)
+
+    def _unit(self, values: Tensor) -> Tensor:
+        return values.exp() if self.attr_target == "prob" else values
+
+
+def check_attr_target(attr_target: str, known: Sequence[str]) -> str:
+    if attr_target not in known:
+        raise ValueError(f"attr_target must be one of {', '.join(known)}; got {attr_target!r}")
+    return attr_target
+
+
+def target_ids(
+    model: nn.Module,
+    tokenizer: Any,
+    model_inputs: Mapping[str, Any],
+    target: str | Tensor | Sequence[int] | None,
+    gen_args: Mapping[str, Any] | None,
+    n_given: int | None = None,
+) -> Tensor:
+    """The token ids (n_output,) of a target that is given, or that the model generates.
+
+    n_given: how many ids precede the generated ones in what the model generates; default: the
+    prompt's.
+    """
+    if target is None:
+        generated = _generate(model, model_inputs, gen_args, n_given)
+        return _checked(generated, "the model generated no token")
+    if gen_args is not None:
+        raise ValueError("gen_args is only for a generated target; got gen_args and a target")
+    return encode_target(tokenizer, target)
+
+
+def encode_target(tokenizer: Any, target: str | Tensor | Sequence[int]) -> Tensor:
+    """Token ids (n_output,) of a string (without special tokens), a tensor or a list of ids."""
+    if isinstance(target, str):
+        ids = torch.tensor(tokenizer.encode(target, add_special_tokens=False), dtype=torch.long)
+        return _checked(ids, f"the target {target!r} encodes to no token")
+    if not isinstance(target, Tensor | list | tuple):
+        raise TypeError(f"target must be a str, a 1-D tensor of ids or None, got {type(target)}")
+    if not isinstance(target, Tensor) and not all(isinstance(i, int) for i in target):
+        raise TypeError(f"a target given as a list must hold token ids, got {list(target)[:5]}")
+    ids = torch.as_tensor(target)
+    if ids.dim() != 1 or ids.is_floating_point():
+        raise ValueError(
+            f"target must be a 1-D tensor of token ids, got shape {tuple(ids.shape)} of {ids.dtype}"
+        )
+    return _checked(ids.long(), "the target is empty")
+
+
+def without_tokens(
+    ids: Tensor, skip_tokens: Sequence[int] | Sequence[str] | None, tokenizer: Any
+) -> Tensor:
+    """The ids (n_output,) of a target without some tokens: `skip_tokens`, ids or strings."""
+    if not skip_tokens:
+        return ids
+    skipped = torch.tensor(token_ids(skip_tokens, tokenizer), device=ids.device)
+    return _checked(ids[~torch.isin(ids, skipped)], "all tokens of the target are skipped")
+
+
+def contrast_ids(
+    tokenizer: Any, contrast: str | Tensor | Sequence[int] | None, n_output: int
+) -> Tensor | None:
+    """Token ids (n_output,) of a contrast target of as many tokens as the target, or of one."""
+    if contrast is None:
+        return None
+    ids = encode_target(tokenizer, contrast)
+    if len(ids) not in (1, n_output):
+        raise ValueError(
+            f"contrast_target must have 1 token or as many as the target ({n_output}), "
+            f"got {len(ids)}"
+        )
+    return ids.expand(n_output)
+
+
+def output_tokens(ids: Tensor, tokenizer: Any) -> list[str]:
+    """The target tokens as Captum shows them, but for those of which it shows nothing."""
+    labels = zip(captums_labels(ids, tokenizer), ids.tolist(), strict=True)
+    return [
+        label if label.strip() else readable_token(tokenizer.convert_ids_to_tokens(token))
+        for label, token in labels
+    ]
+
+
+def captums_labels(ids: Tensor, tokenizer: Any) -> list[str]:
+    """The target tokens as Captum shows them; token by token where Captum cannot."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return list(_convert_ids_to_pretty_tokens(ids.cpu(), tokenizer))
+    except Exception:  # Captum re-encodes the decoded text, and some tokenizers cannot
+        return [str(token) for token in tokenizer.convert_ids_to_tokens(ids.tolist())]
+
+
+def _generate(
+    model: nn.Module,
+    model_inputs: Mapping[str, Any],
+    gen_args: Mapping[str, Any] | None,
+    n_given: int | None,
+) -> Tensor:
+    generate = getattr(model, "generate", None)
+    if not callable(generate):
+        raise ValueError(
+            f"no target was given and {type(model).__name__} has no generate(): pass target="
+        )
+    ids = model_inputs["input_ids"]
+    mask = {"attention_mask": torch.ones_like(ids), **model_inputs}
+    with torch.no_grad():
+        output = generate(**mask, **(gen_args or DEFAULT_GEN_ARGS))
+    sequences = output if isinstance(output, Tensor) else output.sequences
+    return sequences[0, ids.size(1) if n_given is None else n_given :]
+
+
+def _checked(ids: Tensor, problem: str) -> Tensor:
+    if ids.numel() == 0:
+        raise ValueError(f"{problem}: the target must have at least one token")
+    return ids

@@ -1,0 +1,1 @@
+"""Torch models, and nothing else: layers, hooks, caches, memory, quantised layers, loading."""

@@ -1,0 +1,118 @@
+"""Extractive question answering: the answer is a span of the context, scored by its two ends.
+
+The logits of start and end are over the positions of the prompt, which stand for a vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from captum_llm_ext.model.adapter import Adapter
+from captum_llm_ext.model.prefix_cache import accepts
+
+
+class AnswerSpan(Adapter):
+    """A question answering model on rows that all have the context at the same place.
+
+    forward(ids).logits: (rows, 2, length), of the answer's start and end at each position.
+    """
+
+    def __init__(self, model: nn.Module, context: tuple[int, int]) -> None:
+        super().__init__(model)
+        self.context_at = context
+
+    def get_output_embeddings(self) -> None:
+        return None  # what gives the logits reads every position, not one for each target
+
+    def forward(self, ids: Tensor) -> Logits:
+        mask = torch.ones_like(ids)
+        output = self.model(input_ids=ids, attention_mask=mask, **self._token_types(ids))
+        return Logits(torch.stack([output.start_logits, output.end_logits], dim=1))
+
+    def logits_after(self, prompts: Sequence[Tensor], fed: Tensor) -> Tensor:
+        return self(torch.stack(list(prompts))).logits
+
+    def _token_types(self, ids: Tensor) -> dict[str, Tensor]:
+        """1 from the context on, where the model tells the parts apart so."""
+        several = (getattr(self.config, "type_vocab_size", 0) or 0) > 1
+        if not (several and accepts(self.model, "token_type_ids")):
+            return {}
+        types = (torch.arange(ids.size(1), device=ids.device) >= self.context_at[0]).long()
+        return {"token_type_ids": types.expand_as(ids)}
+
+
+@dataclass(frozen=True)
+class Logits:
+    logits: Tensor
+
+
+def context_span(ids: Tensor, tokenizer: Any) -> tuple[int, int]:
+    """Where the context is among the ids (n_prompt,) of question, separator and context."""
+    separators = {getattr(tokenizer, f"{name}_token_id", None) for name in ("sep", "eos")}
+    is_separator = [int(i) in separators for i in ids]
+    if True in is_separator[1:]:
+        start = is_separator.index(True, 1)
+        while start < len(ids) and is_separator[start]:
+            start += 1
+        stop = is_separator.index(True, start) if True in is_separator[start:] else len(ids)
+        if start < stop:
+            return start, stop
+    raise ValueError(
+        "expected a prompt of a question, a separator and a context: make it with "
+        "qa_input(question, context, tokenizer), or in explain and the terminal give the context"
+    )
+
+
+def find_answer(ids: Tensor, context: tuple[int, int], answer: str, tokenizer: Any) -> Tensor:
+    """The positions (2,) of the answer's first and last token: of its first place in the context.
+
+    Raises:
+        ValueError: the answer's tokens are not in the context.
+    """
+    words = answer.strip()
+    found = ids[slice(*context)].tolist()
+    # A word may have another token after a space.
+    for text in (words, f" {words}") if words else ():
+        wanted = list(tokenizer.encode(text, add_special_tokens=False))
+        for place in range(len(found) - len(wanted) + 1):
+            if wanted and found[place : place + len(wanted)] == wanted:
+                start = context[0] + place
+                return torch.tensor([start, start + len(wanted) - 1], device=ids.device)
+    raise ValueError(
+        f"the answer {answer!r} is not in the context as whole tokens, which are "
+        f"{tokenizer.decode(found)!r}: give it as it stands there, or as (start, end) positions"
+    )
+
+
+@torch.no_grad()
+def predicted_answer(adapter: AnswerSpan, ids: Tensor) -> Tensor:
+    """The positions (2,) of the likeliest span of the context, by log p(start) + log p(end)."""
+    start, stop = adapter.context_at
+    log_p = adapter(ids[None]).logits[0].float()[:, start:stop]
+    together = log_p[0][:, None] + log_p[1][None]
+    backwards = torch.ones_like(together).tril(-1).bool()
+    best = int(together.masked_fill(backwards, -torch.inf).argmax())
+    width = stop - start
+    return torch.tensor([start + best // width, start + best % width], device=ids.device)
+
+
+def checked_positions(span: Any, length: int) -> Tensor:
+    """(start, end) of an answer, both included, as positions (2,) among `length` ids."""
+    positions = torch.as_tensor(span)
+    if positions.shape != (2,) or positions.is_floating_point():
+        raise ValueError(
+            "the target of a question answering model is an answer (a str), the positions "
+            f"(start, end) of its tokens, or None for the predicted one; got {span!r}"
+        )
+    start, end = positions.tolist()
+    if not 0 <= start <= end < length:
+        raise ValueError(
+            f"the answer's positions must be 0 <= start <= end < {length}, the length of the "
+            f"prompt; got {(start, end)}"
+        )
+    return positions.long()

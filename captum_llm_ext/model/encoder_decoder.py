@@ -1,0 +1,167 @@
+"""Encoder-decoder models, of translation and summarisation: one row of ids feeds both halves.
+
+A row holds the encoder's ids, then the decoder's: its start token and the target but for its last
+token. So prompt (with the start token) and target stand in a row as they do for a causal model,
+and one pass scores all target tokens, the decoder being causal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from captum_llm_ext.inputs.baselines import PathStart
+from captum_llm_ext.model.adapter import Adapter, Part
+from captum_llm_ext.model.hooks import is_ids
+from captum_llm_ext.model.layers import Site
+from captum_llm_ext.model.parts import token_embedding
+
+
+class EncoderDecoder(Adapter):
+    """An encoder-decoder model on rows whose first `n_encoder` ids are the encoder's.
+
+    start: the id that the decoder starts with.
+    """
+
+    def __init__(self, model: nn.Module, n_encoder: int, start: int) -> None:
+        super().__init__(model)
+        self.n_encoder, self.start = n_encoder, start
+        self.embeddings = TokenEmbeddings(*_halves(model), n_encoder)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings
+
+    def site(self, site: Site) -> Site:
+        """The model's own token embedding stands for its runs in both halves."""
+        own = site.module is super().get_input_embeddings()
+        return replace(site, module=self.embeddings) if own else site
+
+    def prompt(self, ids: Tensor) -> Tensor:
+        return torch.cat([ids, ids.new_tensor([self.start])])
+
+    def parts(self, length: int) -> list[Part]:
+        return [(0, length), (0, self.n_encoder), (self.n_encoder, length)]
+
+    def whole_blocks(self) -> list[nn.Module]:
+        return []  # those of the decoder do not hold the encoder's states, nor these the decoder's
+
+    def context(self, n_prompt: int, n_fed: int) -> int:
+        return max(n_prompt - 1, 1 + n_fed)
+
+    def forward(self, ids: Tensor, output_attentions: bool = False) -> Any:
+        encoder_ids, decoder_ids = self.embeddings.split(ids)
+        # Embedded here, in one module, so that both halves are read and replaced as one layer.
+        with _embedded_as(self.embeddings, ids, self.embeddings(ids)):
+            mask = torch.ones_like(encoder_ids)
+            options = {"output_attentions": True} if output_attentions else {}
+            return self._run(encoder_ids, mask, decoder_ids, **options)
+
+    def logits_after(self, prompts: Sequence[Tensor], fed: Tensor) -> Tensor:
+        """The encoder's ids are padded on the right, and masked, since every position looks."""
+        ids = pad_sequence([prompt[:-1] for prompt in prompts], batch_first=True)
+        lengths = torch.tensor([len(prompt) - 1 for prompt in prompts], device=ids.device)
+        mask = (torch.arange(ids.size(1), device=ids.device) < lengths[:, None]).long()
+        decoder_ids = torch.stack([torch.cat([prompt[-1:], fed]) for prompt in prompts])
+        logits: Tensor = self._run(ids, mask, decoder_ids).logits
+        return logits
+
+    def _run(self, encoder_ids: Tensor, mask: Tensor, decoder_ids: Tensor, **options: Any) -> Any:
+        return self.model(
+            input_ids=encoder_ids,
+            attention_mask=mask,
+            decoder_input_ids=decoder_ids,
+            use_cache=False,
+            **options,
+        )
+
+
+class TokenEmbeddings(nn.Module):
+    """The embeddings of a whole row, (rows, length, hidden): the encoder's, then the decoder's."""
+
+    def __init__(self, encoder: nn.Module, decoder: nn.Module, n_encoder: int) -> None:
+        super().__init__()
+        self.encoder, self.decoder, self.n_encoder = encoder, decoder, n_encoder
+        self.training = encoder.training
+
+    @property
+    def num_embeddings(self) -> int | None:
+        sizes = [getattr(half, "num_embeddings", None) for half in (self.encoder, self.decoder)]
+        return min((size for size in sizes if size is not None), default=None)
+
+    @property
+    def weight(self) -> Any:
+        return self.encoder.weight
+
+    def split(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        return values[:, : self.n_encoder], values[:, self.n_encoder :]
+
+    def forward(self, ids: Tensor) -> Tensor:
+        encoder_ids, decoder_ids = self.split(ids)
+        # Not by calling them: hooks of layers are to see the model's own calls alone.
+        halves = self.encoder.forward(encoder_ids), self.decoder.forward(decoder_ids)
+        return torch.cat(halves, dim=1)
+
+
+@contextmanager
+def _embedded_as(embeddings: TokenEmbeddings, ids: Tensor, embedded: Tensor) -> Iterator[None]:
+    """Let the model take the embeddings of `ids` from `embedded` (rows, length, hidden).
+
+    One module may serve both halves, and then the encoder, which runs first, has the first call.
+    """
+    halves = (embeddings.encoder, embeddings.decoder)
+    waiting = list(zip(halves, embeddings.split(ids), embeddings.split(embedded), strict=True))
+
+    def put(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        for i, (half, own_ids, part) in enumerate(waiting):
+            if half is module and args and is_ids(args[0], own_ids):
+                del waiting[i]
+                return part
+        return output
+
+    with ExitStack() as stack:
+        for module in dict.fromkeys(halves):
+            stack.callback(module.register_forward_hook(put, prepend=True).remove)
+        yield
+    if waiting:
+        raise ValueError(
+            f"{type(waiting[0][0]).__name__} does not embed the ids that the model is given, so "
+            "nothing can be attributed to its input embeddings"
+        )
+
+
+def check_start(model: nn.Module, start: PathStart) -> None:
+    """Refuse embeddings of the encoder as the baseline of a decoder that has others."""
+    if not isinstance(model, EncoderDecoder) or start.embeddings is None:
+        return
+    encoder, decoder = (
+        half.weight for half in (model.embeddings.encoder, model.embeddings.decoder)
+    )
+    generated = start.replaced[model.n_encoder :].any()
+    if generated and encoder.data_ptr() != decoder.data_ptr():  # type: ignore[operator]
+        raise ValueError(
+            "encoder and decoder embed tokens differently here, so no embedding is the baseline of "
+            "both: with include_generated=True give a token id as the baseline"
+        )
+
+
+def _halves(model: Any) -> tuple[nn.Module, nn.Module]:
+    """The token embeddings of encoder and decoder, one module or two."""
+    return token_embedding(model.get_encoder()), token_embedding(model.get_decoder())
+
+
+def decoder_start(model: nn.Module) -> int:
+    """The id that the decoder starts with, of the model's configuration."""
+    for name in ("config", "generation_config"):
+        start = getattr(getattr(model, name, None), "decoder_start_token_id", None)
+        if isinstance(start, int):
+            return start
+    raise ValueError(
+        f"{type(model).__name__} does not say which token its decoder starts with: set "
+        "model.config.decoder_start_token_id (of T5 it is the pad token, of BART the eos token)"
+    )

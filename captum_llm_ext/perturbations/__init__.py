@@ -1,0 +1,1 @@
+"""Attribution by the scores of prompts whose features are masked."""

@@ -1,0 +1,245 @@
+"""Scores of one target after many prompts: in batches, with the common prefix computed once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
+
+from captum_llm_ext.inputs.targets import Target
+from captum_llm_ext.model.adapter import Adapter, prompt_in
+from captum_llm_ext.model.memory import Halving, free_bytes
+from captum_llm_ext.model.parts import output_head
+from captum_llm_ext.model.prefix_cache import FEWEST_REUSED, PrefixCache, accepts, can_be_cut
+from captum_llm_ext.model.quantized import quantizes_activations
+from captum_llm_ext.scoring.teacher_forcing import (
+    PASS_OVERHEAD,
+    Pass,
+    TeacherForcing,
+    read_logits,
+    tokens_per_pass,
+)
+
+logger = logging.getLogger(__name__)
+
+MOST_ROWS = 256  # per pass, however short the prompts are
+
+
+@dataclass
+class PromptScorer:
+    """Scores of a target after many prompts that resemble a reference prompt.
+
+    forcing: the model, the reference prompt and the target; probe: the pass over them, with the
+    cache if prefixes are to be reused; causal: whether one pass scores all target tokens; rows:
+    prompts per pass, or None for as many as the device works on well; advance: told how many
+    prompts were scored.
+    """
+
+    forcing: TeacherForcing
+    probe: Pass
+    causal: bool = True
+    rows: int | None = None
+    advance: Callable[[int], Any] = lambda prompts: None
+    _halving: Halving = field(default_factory=Halving, init=False)
+
+    @property
+    def model(self) -> nn.Module:
+        return self.forcing.model
+
+    @property
+    def target(self) -> Target:
+        return self.forcing.target
+
+    @property
+    def reference(self) -> Tensor:
+        return self.forcing.prompt_ids[0]
+
+    def scores(self, prompts: Sequence[Tensor]) -> Tensor:
+        """(n_prompts, 2, 1 + n_output): the scores asked for, and the log probabilities; of the
+        sequence first, then of each target token.
+
+        The reference goes along in the batches. Where it gets another score there than by
+        itself, the model does not batch or reuse its cache rightly, and a plainer way is taken.
+        """
+        prompts = [prompt_in(self.model, prompt) for prompt in prompts]
+        together, reference = _with_reference(prompts, self.reference)
+        for score in self._ways():
+            found = score(together)
+            if self._agrees(found[reference, 1]):
+                return found[: len(prompts)]
+            logger.warning("the model's batches or cache change its scores: taking a slower way")
+        return torch.stack([self._alone(prompt) for prompt in prompts])
+
+    def _ways(self) -> Iterator[Callable[[Sequence[Tensor]], Tensor]]:
+        if not (self.causal and self._takes_rows()) or quantizes_activations(self.model):
+            return
+        if can_be_cut(self.probe.cache):
+            length = self.forcing.ids.size(1)
+            cache = PrefixCache(self.model, self.reference, self.probe.cache, length)
+            yield partial(self._in_batches, cache=cache)
+        yield self._in_batches
+
+    def _takes_rows(self) -> bool:
+        """Whether the model takes several rows; what is not of transformers is asked."""
+        if isinstance(self.model, PreTrainedModel | Adapter):
+            return True
+        try:
+            self.model(self.reference[None, :2].repeat(2, 1))
+        except Exception as error:  # whatever a model does with rows that it cannot take
+            logger.warning("the model takes one row at a time: %s", error)
+            return False
+        return True
+
+    def _agrees(self, found: Tensor) -> bool:
+        truth = read_scores(self.probe)[0, 1]
+        allowed = self.probe.tolerance * truth.abs().max().clamp(min=1)
+        return bool((found - truth).abs().max() <= allowed)
+
+    def _alone(self, prompt: Tensor) -> Tensor:
+        """(2, 1 + n_output) after one prompt, in one pass, or token by token."""
+        self.advance(1)
+        if isinstance(self.model, Adapter):
+            return self._batch([prompt], 0, None, slice(0, 1))[0]
+        forcing = replace(self.forcing, prompt_ids=prompt[None])
+        passes = [
+            forcing.run(forcing.fed(forcing.ids, s), s)
+            for s in forcing.spans(False, 1, self.causal)
+        ]
+        logits = torch.cat([p.logits for p in passes], dim=1)
+        return read_scores(replace(self.probe, logits=logits))[0]
+
+    def _in_batches(self, prompts: Sequence[Tensor], cache: PrefixCache | None = None) -> Tensor:
+        shared = [_shared(p, self.reference) if cache else 0 for p in prompts]
+        lengths = [len(prompt) for prompt in prompts]
+        limit = tokens_per_pass(self.reference.device)
+        scores: dict[int, Tensor] = {}
+        most = self._most_rows()
+        for batch in batches(lengths, shared, len(self.target), limit, self.rows, most):
+            cut = min(shared[i] for i in batch)
+            cut = cut if cut >= FEWEST_REUSED else 0
+            score = partial(self._batch, [prompts[i] for i in batch], cut, cache)
+            found = torch.cat(self._halving(score, len(batch)))
+            scores.update(zip(batch, found, strict=True))
+            self.advance(len(batch))
+        return torch.stack([scores[i] for i in range(len(prompts))])
+
+    def _most_rows(self) -> int:
+        """Rows whose scores fit into free memory: logits, their float32, and as much again."""
+        free = free_bytes(self.probe.logits.device)
+        row = 16 * len(self.target) * self.probe.logits.size(-1)
+        return MOST_ROWS if free is None else max(1, min(MOST_ROWS, free // 2 // row))
+
+    def _batch(
+        self, batch: list[Tensor], cut: int, cache: PrefixCache | None, part: slice
+    ) -> Tensor:
+        """(rows, 2, 1 + n_output) after a part of the prompts."""
+        if isinstance(self.model, Adapter):
+            logits = self.model.logits_after(batch[part], self.target.fed)
+        else:
+            logits = self._continued(batch[part], cut, cache)
+        return read_scores(Pass(self.target, self.forcing.whole, logits))
+
+    def _continued(self, prompts: list[Tensor], cut: int, cache: PrefixCache | None) -> Tensor:
+        """Logits (rows, n_output, vocabulary), the prompts padded on the right, where no token
+        looks."""
+        continued = self.target.ids[:-1]
+        ids = pad_sequence([torch.cat([p[cut:], continued]) for p in prompts], batch_first=True)
+        last = torch.tensor([len(p) - cut - 1 for p in prompts], device=ids.device)
+        places = last[:, None] + torch.arange(len(self.target), device=ids.device)
+        options: dict[str, Any] = {"use_cache": False} if accepts(self.model, "use_cache") else {}
+        if cut and cache is not None:
+            options = {"use_cache": True, "past_key_values": cache.at(cut, len(prompts))}
+        with _head_reads_only(self.model, places):
+            logits = read_logits(self.model(ids, **options))
+        return logits if logits.size(1) == places.size(1) else _take(logits, places)
+
+
+def read_scores(scored: Pass) -> Tensor:
+    """(rows, 2, 1 + n_output): the scores asked for and the log probabilities, sequence first."""
+    kinds = (scored, replace(scored, target=scored.target.as_log_prob()))
+    parts = [torch.cat([p.sequence_score()[:, None], p.token_scores()], dim=1) for p in kinds]
+    return torch.stack(parts, dim=1)
+
+
+def batches(
+    lengths: Sequence[int],
+    shared: Sequence[int],
+    n_output: int,
+    limit: int,
+    rows: int | None,
+    most: int = MOST_ROWS,
+) -> list[list[int]]:
+    """Divide prompts among passes at the least cost in tokens.
+
+    lengths: tokens of each prompt; shared: how many of them come from the cache; limit: tokens
+    per pass; rows: prompts per pass, instead of the limit; most: prompts per pass at all. A pass
+    takes from the cache what all its prompts share, and fills all up to its longest. By dynamic
+    programming over the prompts in the order of what they share.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (shared[i], lengths[i]))
+    best, first = [0.0], [0]
+    for end in range(1, len(order) + 1):
+        options, longest = [], 0
+        for start in range(end - 1, -1, -1):
+            longest, count = max(longest, lengths[order[start]]), end - start
+            width = longest - shared[order[start]] + n_output - 1
+            too_large = count > rows if rows else count * width > limit
+            if count > 1 and (too_large or count > most):
+                break
+            options.append((best[start] + count * width + PASS_OVERHEAD, start))
+        cost, start = min(options)
+        best.append(cost)
+        first.append(start)
+    return _between(order, first)
+
+
+def _between(order: list[int], first: list[int]) -> list[list[int]]:
+    """The batches of `order`, where the last of the prompts before `end` begins at first[end]."""
+    found, end = [], len(order)
+    while end:
+        found.append(order[first[end] : end])
+        end = first[end]
+    return found[::-1]
+
+
+@contextmanager
+def _head_reads_only(model: nn.Module, places: Tensor) -> Iterator[None]:
+    """Compute logits at `places` (rows, n) only: over a vocabulary they are dear."""
+    head = output_head(model)
+    if head is None:
+        yield
+        return
+    hook = head.register_forward_pre_hook(lambda _, args: (_take(args[0], places), *args[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _take(values: Tensor, places: Tensor) -> Tensor:
+    """values (rows, length, …) at places (rows, n)."""
+    index = places.to(values.device)[..., None].expand(-1, -1, values.size(-1))
+    return values.gather(1, index)
+
+
+def _with_reference(prompts: Sequence[Tensor], reference: Tensor) -> tuple[list[Tensor], int]:
+    """The prompts and where the reference is among them: at the end where it was not."""
+    for i, prompt in enumerate(prompts):
+        if torch.equal(prompt, reference):
+            return list(prompts), i
+    return [*prompts, reference], len(prompts)
+
+
+def _shared(prompt: Tensor, reference: Tensor) -> int:
+    """How many tokens a prompt shares with the reference, short of its last one."""
+    length = min(len(prompt) - 1, len(reference))
+    same = prompt[:length] == reference[:length]
+    return int(same.long().cumprod(0).sum())

@@ -1,9 +1,0 @@
-"""What attribution returns: Captum's result, with deltas, layers, readable plots and tables."""
-
-from __future__ import annotations
-
-from captum_llm_ext.result.attention import LLMAttentionAttributionResult
-from captum_llm_ext.result.layered import LLMLayerAttributionResult
-from captum_llm_ext.result.single import LLMAttributionResult
-
-__all__ = ["LLMAttentionAttributionResult", "LLMAttributionResult", "LLMLayerAttributionResult"]

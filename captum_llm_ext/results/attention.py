@@ -1,0 +1,154 @@
+"""The result of reading attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy.typing as npt
+from captum.attr import InterpretableInput
+from torch import Tensor
+
+from captum_llm_ext.results.export import fields_of
+from captum_llm_ext.results.layered import LLMLayerAttributionResult
+from captum_llm_ext.results.merge import Spans
+from captum_llm_ext.results.single import LLMAttributionResult
+from captum_llm_ext.results.values import checked_tensor, count, optional_tensor
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from typing_extensions import Self
+
+OVER_LAYERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean": lambda values: values.mean(0),
+    "max": lambda values: values.amax(0),
+    "rollout": lambda values: values[-1],  # each layer's holds those under it
+    "value_norm": lambda values: values.mean(0),
+}
+
+
+class LLMAttentionAttributionResult(LLMLayerAttributionResult):
+    """Attention of target tokens to the input: a result of several layers, and the full tensor.
+
+    `token_attr` is `layer_token_attr` over the layers: their mean ("mean", "value_norm"), their
+    maximum ("max"), or that of the last layer ("rollout"). `seq_attr` and `layer_seq_attr` are the
+    means of these over the target tokens.
+
+    Args:
+        input_tokens: n_input tokens or features.
+        output_tokens: n_output target tokens.
+        layer_names: n_layers distinct names of attention modules.
+        layer_token_attr: shape (n_layers, n_output, n_input), the heads reduced.
+        attention: softmaxed weights, shape (n_layers, n_heads, n_output, n_input).
+        sink_attention: shape (n_layers, n_heads, n_output), what each row over all keys lacks of
+            1: attention to sinks that are no token; 0 but for rounding in families without any.
+        reduction: "mean" (default), "max", "rollout" or "value_norm".
+        heads: which heads of the model these are, n_heads of them; None (default) for all.
+        prompt_attention: weights among the tokens of the prompt, query by key, shape (n_layers,
+            n_heads, n_prompt, n_prompt), or None (default).
+        prompt_tokens: n_prompt tokens, of the template and those skipped too, or None (default).
+        output_probs: log probability of each output token, shape (n_output,), or None (default).
+        inp: the interpretable input explained, or None (default).
+
+    Raises:
+        ValueError: a shape does not fit, or the reduction is unknown.
+
+    Example:
+        >>> result = LLMAttentionAttributionResult(
+        ...     input_tokens=["ĠFrance", "Ġis"],
+        ...     output_tokens=["ĠParis"],
+        ...     layer_names=["model.layers.0.self_attn"],
+        ...     layer_token_attr=[[[0.25, 0.75]]],
+        ...     attention=[[[[0.0, 1.0]], [[0.5, 0.5]]]],
+        ...     sink_attention=[[[0.0], [0.0]]],
+        ... )
+        >>> result.attention.shape, result.seq_attr
+        (torch.Size([1, 2, 1, 2]), tensor([0.2500, 0.7500]))
+    """
+
+    _computed = ()
+    __hash__ = None
+
+    def __init__(
+        self,
+        *,
+        input_tokens: list[str],
+        output_tokens: list[str],
+        layer_names: Sequence[str],
+        layer_token_attr: npt.ArrayLike,
+        attention: npt.ArrayLike,
+        sink_attention: npt.ArrayLike,
+        reduction: str = "mean",
+        heads: Sequence[int] | None = None,
+        prompt_attention: npt.ArrayLike | None = None,
+        prompt_tokens: list[str] | None = None,
+        output_probs: npt.ArrayLike | None = None,
+        inp: InterpretableInput | None = None,
+    ) -> None:
+        self.reduction = _checked_reduction(reduction)
+        layers, outputs = {"n_layers": len(layer_names)}, {"n_output": len(output_tokens)}
+        inputs = {"n_input": len(input_tokens)}
+        shape = layers | outputs | inputs
+        layer_token_attr = checked_tensor("layer_token_attr", layer_token_attr, shape)
+        super().__init__(
+            input_tokens=input_tokens,
+            output_tokens=output_tokens,
+            layer_names=layer_names,
+            layer_seq_attr=layer_token_attr.mean(1),
+            layer_token_attr=layer_token_attr,
+            output_probs=output_probs,
+            inp=inp,
+        )
+        self.seq_attr = self._over_layers(layer_token_attr).mean(0)
+        n_heads = {"n_heads": None if heads is None else len(heads)}
+        self.attention = checked_tensor("attention", attention, layers | n_heads | outputs | inputs)
+        self.heads = list(range(self.attention.size(1)) if heads is None else heads)
+        per_head = layers | {"n_heads": len(self.heads)}
+        self.sink_attention = checked_tensor("sink_attention", sink_attention, per_head | outputs)
+        self.prompt_tokens = prompt_tokens
+        n_prompt = None if prompt_tokens is None else len(prompt_tokens)
+        self.prompt_attention = optional_tensor(
+            "prompt_attention", prompt_attention, per_head | {"queries": n_prompt, "keys": n_prompt}
+        )
+
+    def merge(self, spans: str | Spans = "word") -> Self:
+        """The same with several input tokens as one, whose attention is the sum of theirs."""
+        merged = super().merge(spans)
+        if self.reduction != "max":
+            return merged
+        fields = {name: getattr(merged, name) for name in fields_of(merged)}
+        # the largest sum is not the sum of the largest
+        return type(self)(**fields | {"layer_token_attr": merged.attention.amax(1)})
+
+    def plot_layer_attr(
+        self,
+        show: bool = False,
+        ax: Axes | None = None,
+        normalize: bool = False,
+        merge: str | Spans | None = None,
+    ) -> tuple[Figure, Axes] | None:
+        """Plot layers by input tokens, the first layer at the bottom.
+
+        Args:
+            show: True shows the plot and returns None; False (default) returns (figure, axes).
+            ax: axes to draw into; None (default) for a new figure.
+            normalize: divide each layer by its own largest value, a dominant token left aside
+                (default False, since shares of attention compare as they are).
+            merge: "word" or spans to `merge` first; None (default) for tokens.
+        """
+        return super().plot_layer_attr(show, ax, normalize, merge)
+
+    def _over_layers(self, values: Tensor) -> Tensor:
+        return OVER_LAYERS[self.reduction](values)
+
+    def _title(self) -> str:
+        layers, heads = count(len(self), "layer"), count(len(self.heads), "head")
+        tokens = LLMAttributionResult._title(self)
+        return f"{tokens}, attention, {self.reduction} over {heads} of {layers}"
+
+
+def _checked_reduction(reduction: str) -> str:
+    if reduction not in OVER_LAYERS:
+        raise ValueError(f"reduction must be one of {', '.join(OVER_LAYERS)}; got {reduction!r}")
+    return reduction

@@ -1,0 +1,78 @@
+"""Results as pandas data frames and numpy arrays."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+
+from captum_llm_ext.display import distinct_names
+from captum_llm_ext.results.export import fields_of
+from captum_llm_ext.results.values import FloatArray, array
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+SEQUENCE = "sequence"  # the column of the attribution to the whole output
+
+
+def arrays(result: Any) -> dict[str, FloatArray]:
+    """Every array of a result by the name of its attribute, those that are None left out."""
+    found: dict[str, FloatArray] = {}
+    for name in fields_of(result):
+        value = getattr(result, name)
+        parts = value if isinstance(value, dict) else {}
+        named = {name: value} | {f"{name}.{key}": part for key, part in parts.items()}
+        found |= {key: array(part) for key, part in named.items() if isinstance(part, Tensor)}
+    return found
+
+
+def wide_frame(result: Any) -> DataFrame:
+    """A row per input token; the columns are the sequence and the output tokens."""
+    pandas = _pandas()
+    columns, headings = [array(result.seq_attr)], [SEQUENCE]
+    if result.token_attr is not None:
+        columns += list(array(result.token_attr))
+        headings += result.output_tokens
+    return pandas.DataFrame(
+        np.stack(columns, axis=1),
+        index=pandas.Index(distinct_names(result.input_tokens), name="input_token"),
+        columns=pandas.Index(distinct_names(headings), name="output_token"),
+    )
+
+
+def long_frame(result: Any) -> DataFrame:
+    """A row per output token and input token; the sequence has no output position or token."""
+    pandas = _pandas()
+    values = array(result.seq_attr)[None]
+    if result.token_attr is not None:
+        values = np.concatenate([values, array(result.token_attr)])
+    n_rows, n_input = values.shape
+    outputs = [None, *result.output_tokens][:n_rows]
+    positions = pandas.array([None, *range(n_rows - 1)], dtype="Int64")
+    return pandas.DataFrame(
+        {
+            "output_position": positions.repeat(n_input),
+            "output_token": pandas.array(outputs, dtype="string").repeat(n_input),
+            "input_position": np.tile(np.arange(n_input), n_rows),
+            "input_token": pandas.array(result.input_tokens * n_rows, dtype="string"),
+            "attribution": values.ravel(),
+        }
+    )
+
+
+def layered_frame(frames: dict[str, DataFrame], long: bool) -> DataFrame:
+    """The frames of several layers under one another, the layer as first level or column."""
+    stacked = _pandas().concat(frames, names=["layer"])
+    return stacked.reset_index("layer").reset_index(drop=True) if long else stacked
+
+
+def _pandas() -> Any:
+    try:
+        import pandas
+    except ImportError as error:
+        raise ImportError(
+            "to_dataframe needs pandas: pip install 'captum-llm-ext[export]'", name="pandas"
+        ) from error
+    return pandas

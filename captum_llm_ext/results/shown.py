@@ -1,0 +1,205 @@
+"""What every result can be seen as: plots, tables and a page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from torch import Tensor
+
+from captum_llm_ext.display import (
+    AttributionText,
+    View,
+    draw_bars,
+    draw_heat_map,
+    draw_path,
+    draw_shaded_text,
+    print_text,
+    render_document,
+    render_text,
+    render_view,
+)
+from captum_llm_ext.results.merge import Spans
+from captum_llm_ext.results.values import FloatArray, array, count
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from typing_extensions import Self
+
+_MOST_BARS = 60  # input tokens; a longer prompt is plotted as shaded text
+
+
+class ShownResult:
+    """Plots, tables and a page of the attributions that a class below has."""
+
+    input_tokens: list[str]
+    output_tokens: list[str]
+    score_path: Tensor | None
+
+    if TYPE_CHECKING:
+
+        @property
+        def seq_attr(self) -> Tensor: ...
+        @property
+        def token_attr(self) -> Tensor | None: ...
+        @property
+        def output_probs(self) -> Tensor | None: ...
+        @property
+        def convergence_delta(self) -> Tensor | None: ...
+
+        def merge(self, spans: str | Spans = "word") -> Self: ...
+
+    def plot_seq_attr(
+        self, show: bool = False, ax: Axes | None = None, merge: str | Spans | None = None
+    ) -> tuple[Figure, Axes] | None:
+        """Plot the sequence attribution: bars, or shaded text for more than 60 input tokens.
+
+        Args:
+            show: True shows the plot and returns None; False (default) returns (figure, axes).
+            ax: axes to draw into; None (default) for a new figure.
+            merge: "word" or spans to `merge` first; None (default) for tokens.
+        """
+        result = self._merged(merge)
+        draw = draw_bars if len(result.input_tokens) <= _MOST_BARS else draw_shaded_text
+        drawn = draw(array(result.seq_attr), result.input_tokens, "Sequence Attribution", ax)
+        return shown(drawn, show)
+
+    def plot_token_attr(
+        self, show: bool = False, ax: Axes | None = None, merge: str | Spans | None = None
+    ) -> tuple[Figure, Axes] | None:
+        """Plot output tokens by input tokens; more than 60 input tokens continue in blocks below.
+
+        Args:
+            show: True shows the plot and returns None; False (default) returns (figure, axes).
+            ax: axes to draw into; None (default) for a new figure.
+            merge: "word" or spans to `merge` first; None (default) for tokens.
+
+        Raises:
+            ValueError: there is no `token_attr`; plot `plot_seq_attr` instead.
+        """
+        result = self._merged(merge)
+        if result.token_attr is None:
+            raise ValueError(
+                "token_attr is None, since only the sequence was attributed: use plot_seq_attr, "
+                "or attribute with include_per_token_attr=True"
+            )
+        values, rows = array(result.token_attr), result.output_tokens
+        drawn = draw_heat_map(values, rows, result.input_tokens, "Token Attribution", ax)
+        return shown(drawn, show)
+
+    def plot_path(self, show: bool = False, ax: Axes | None = None) -> tuple[Figure, Axes] | None:
+        """Plot the sequence score along the path from baseline (0) to input (1).
+
+        Each dot is a point at which the model was run; "adaptive" takes more where the score moves.
+        Attributions are sums of gradients over this path: where it leaps between two dots, they
+        have missed it.
+
+        Args:
+            show: True shows the plot and returns None; False (default) returns (figure, axes).
+            ax: axes to draw into; None (default) for a new figure.
+
+        Raises:
+            ValueError: the method has no path, or each of several layers has its own.
+        """
+        if self.score_path is None:
+            raise ValueError(
+                "there is no path to plot: expected a result of integrated gradients or "
+                "conductance from one baseline; of several layers, plot one: "
+                "result[name].plot_path()"
+            )
+        points, scores = array(self.score_path)
+        return shown(draw_path(points, scores, ax), show)
+
+    def to_text(
+        self, color: bool = True, width: int | None = None, merge: str | Spans | None = None
+    ) -> str:
+        """Table for a terminal: a row per input token, columns sequence and output tokens.
+
+        More than 60 input tokens are shown as shaded text and a table of the 20 largest.
+
+        Args:
+            color: shade the cells with ANSI colours (default True).
+            width: columns of the terminal; None (default) for the present one.
+            merge: "word" or spans to `merge` first; None (default) for tokens.
+        """
+        return render_text(self._merged(merge)._text(), color, width)
+
+    def print(self, file: IO[str] | None = None, merge: str | Spans | None = None) -> None:
+        """Print the table of `to_text`, in colours where the terminal or notebook has them.
+
+        Args:
+            file: where to; None (default) for standard output.
+            merge: "word" or spans to `merge` first; None (default) for tokens.
+        """
+        print_text(self._merged(merge)._text(), file)
+
+    def to_html(
+        self,
+        path: str | Path | None = None,
+        merge: str | Spans | None = None,
+        fragment: bool = False,
+    ) -> str:
+        """Page with the prompt as shaded text; an output token pointed at or focused shows its row.
+
+        A click on an output token keeps its row. Several layers have a slider, the first place of
+        which is all of them together. Colours are those of the plots; negative values are
+        underlined. The page needs no network and stays under 300 kB for prompts of 2,000 tokens, by
+        leaving out rows of very large results, which it says. Notebooks show the same.
+
+        Args:
+            path: a file to write the page to as well; None (default) for none.
+            merge: "word" or spans to `merge` first; None (default) for tokens.
+            fragment: True gives a `div` to put into a page instead of a whole page (default False).
+        """
+        result = self._merged(merge)
+        view = result._view()
+        html = view if fragment else render_document(result._title(), view)
+        if path is not None:
+            Path(path).write_text(html, encoding="utf-8")
+        return html
+
+    def _repr_html_(self) -> str:
+        return self._view()
+
+    def _view(self) -> str:
+        return render_view(
+            self._title(), self.input_tokens, self.output_tokens, self._views(), self._footers()
+        )
+
+    def _views(self) -> list[View]:
+        token_attr = None if self.token_attr is None else array(self.token_attr)
+        return [View("", array(self.seq_attr), token_attr)]
+
+    def _footers(self) -> dict[str, FloatArray]:
+        footers = {"log probability": self.output_probs, "convergence delta": self._footer_delta()}
+        return {name: array(values) for name, values in footers.items() if values is not None}
+
+    def _text(self) -> AttributionText:
+        return AttributionText(
+            self._title(),
+            self.input_tokens,
+            self.output_tokens,
+            array(self.seq_attr),
+            None if self.token_attr is None else array(self.token_attr),
+            self._footers(),
+        )
+
+    def _footer_delta(self) -> Tensor | None:
+        return self.convergence_delta
+
+    def _title(self) -> str:
+        n_input, n_output = len(self.input_tokens), len(self.output_tokens)
+        return f"{count(n_input, 'input token')} -> {count(n_output, 'output token')}"
+
+    def _merged(self, merge: str | Spans | None) -> Self:
+        return self if merge is None else self.merge(merge)
+
+
+def shown(drawn: tuple[Figure, Axes], show: bool) -> tuple[Figure, Axes] | None:
+    if not show:
+        return drawn
+    import matplotlib.pyplot as plt
+
+    plt.show()
+    return None

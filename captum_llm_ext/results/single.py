@@ -1,0 +1,204 @@
+"""The result of one attribution."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+from captum.attr import InterpretableInput
+from captum.attr import LLMAttributionResult as CaptumLLMAttributionResult
+from torch import Tensor
+
+from captum_llm_ext.display import distinct_names, readable_tokens
+from captum_llm_ext.results.export import fields_of
+from captum_llm_ext.results.merge import Spans, merged_fields
+from captum_llm_ext.results.shown import ShownResult
+from captum_llm_ext.results.stored import StoredResult
+from captum_llm_ext.results.values import (
+    array,
+    checked_tensor,
+    equal,
+    known_norm,
+    optional_tensor,
+    token_list,
+)
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class LLMAttributionResult(ShownResult, StoredResult, CaptumLLMAttributionResult):
+    """Attribution of every input token to every output token and to the whole output.
+
+    A `captum.attr.LLMAttributionResult` that keeps every value in float32, detached, on the device
+    it came from.
+
+    Args:
+        input_tokens: n_input tokens or features.
+        output_tokens: n_output target tokens.
+        seq_attr: attribution to the sequence score, shape (n_input,). In units of the score (nats
+            for "log_prob"), or of the score per unit of the layer for gradient norms.
+        token_attr: attribution to each token's score, shape (n_output, n_input); None (default)
+            where only the sequence was attributed.
+        output_probs: log probability of each output token, shape (n_output,), or None (default).
+        inp: the interpretable input explained, or None (default).
+        convergence_delta: sum of the attributions less the score difference they should sum to,
+            shape (n_output,), or (1,) for the sequence alone; None (default) for methods without
+            a path. Sundararajan et al. 2017, https://arxiv.org/abs/1703.01365.
+        hidden_attr: attribution before it was summed over hidden units, shape (n_output, n_input,
+            hidden), or (1, n_input, hidden) for the sequence alone; None (default) if not kept.
+        n_evaluations: points of the path whose gradient was taken, or None (default).
+        converged: whether adaptive quadrature met its tolerance, or None (default).
+        score_path: points of the path and the sequence score there, shape (2, n_points), or None
+            (default); see `plot_path`.
+        norm: of gradients of which the values are, "l1", "l2" or "linf"; None (default) for
+            attributions that add up.
+
+    Raises:
+        ValueError: a shape does not fit the tokens, or an unknown norm.
+        TypeError: tokens are one string rather than a list.
+
+    Example:
+        >>> result = LLMAttributionResult(
+        ...     input_tokens=["The", "Ġcapital", "Ġof", "ĠFrance", "Ġis"],
+        ...     output_tokens=["ĠParis"],
+        ...     seq_attr=[80.8, 61.4, 17.6, 26.4, 10.7],
+        ... )
+        >>> result  # doctest: +NORMALIZE_WHITESPACE
+        LLMAttributionResult(5 input tokens -> 1 output token,
+        top: 'The' 80.8, ' capital' 61.4, ' France' 26.4)
+        >>> round(result.seq_attr_dict["ĠFrance"], 1)
+        26.4
+    """
+
+    convergence_delta: Tensor | None
+    __hash__ = None  # type: ignore[assignment]  # compared by value, and can be changed
+
+    def __init__(
+        self,
+        *,
+        input_tokens: list[str],
+        output_tokens: list[str],
+        seq_attr: npt.ArrayLike,
+        token_attr: npt.ArrayLike | None = None,
+        output_probs: npt.ArrayLike | None = None,
+        inp: InterpretableInput | None = None,
+        convergence_delta: Tensor | None = None,
+        hidden_attr: Tensor | None = None,
+        n_evaluations: int | None = None,
+        converged: bool | None = None,
+        norm: str | None = None,
+        score_path: Tensor | None = None,
+    ) -> None:
+        self.n_evaluations, self.converged, self.norm = n_evaluations, converged, known_norm(norm)
+        super().__init__(
+            input_tokens=token_list("input_tokens", input_tokens),
+            output_tokens=token_list("output_tokens", output_tokens),
+            seq_attr=seq_attr,
+            token_attr=token_attr,
+            output_probs=output_probs,
+            inp=inp,
+        )
+        n_output = len(self.output_tokens)
+        self.convergence_delta = optional_tensor(
+            "convergence_delta", convergence_delta, {"n_output": n_output}, {"sequence": 1}
+        )
+        self._hidden_attr: Any = self._checked_hidden("hidden_attr", hidden_attr)
+        self.score_path = optional_tensor("score_path", score_path, {"rows": 2, "points": None})
+
+    @property
+    def seq_attr(self) -> Tensor:
+        """Attribution to the sequence score, shape (n_input,)."""
+        return self._seq_attr
+
+    @seq_attr.setter
+    def seq_attr(self, seq_attr: npt.ArrayLike) -> None:
+        self._seq_attr = checked_tensor("seq_attr", seq_attr, {"n_input": len(self.input_tokens)})
+
+    @property
+    def token_attr(self) -> Tensor | None:
+        """Attribution to each token's score, shape (n_output, n_input), or None."""
+        return self._token_attr
+
+    @token_attr.setter
+    def token_attr(self, token_attr: npt.ArrayLike | None) -> None:
+        shape = {"n_output": len(self.output_tokens), "n_input": len(self.input_tokens)}
+        self._token_attr = optional_tensor("token_attr", token_attr, shape)
+
+    @property
+    def output_probs(self) -> Tensor | None:
+        """Log probability of each output token, shape (n_output,), or None."""
+        return self._output_probs
+
+    @output_probs.setter
+    def output_probs(self, output_probs: npt.ArrayLike | None) -> None:
+        shape = {"n_output": len(self.output_tokens)}
+        self._output_probs = optional_tensor("output_probs", output_probs, shape)
+
+    @property
+    def hidden_attr(self) -> Any:
+        """Attribution per hidden unit, shape (n_output, n_input, hidden), or None.
+
+        Of several layers: a dict from layer name to such a tensor, since widths differ.
+        """
+        return self._hidden_attr
+
+    @property
+    def seq_attr_dict(self) -> dict[str, float]:
+        """Token → attribution; repeated tokens are told apart as "the", "the (2)", "the (3)"."""
+        names = distinct_names(self.input_tokens)
+        return dict(zip(names, self.seq_attr.tolist(), strict=True))
+
+    def merge(self, spans: str | Spans = "word") -> Self:
+        """The same with several input tokens as one: the words of sub-words, or given spans.
+
+        Attributions of a word are the sum of its tokens'. Norms (`norm` "l2" and "linf" of
+        `LayerSaliency`) are combined to what the norm of the word's whole gradient is: the root of
+        the sum of squares, and the largest.
+
+        Args:
+            spans: "word" (default): runs of letters and digits that no space divides; punctuation
+                and tokens of scripts without spaces stay as they are, and so do features that are
+                no tokens (values of a template). Or (start, stop) places of input tokens; those
+                outside all spans stay as they are.
+
+        Returns:
+            A result with the words as `input_tokens` and without `inp`; scores and convergence
+            deltas stay as they were.
+
+        Raises:
+            ValueError: spans that overlap or leave the input.
+
+        Example:
+            >>> result = LLMAttributionResult(
+            ...     input_tokens=["Ġun", "believ", "able", "Ġnews"],
+            ...     output_tokens=["!"],
+            ...     seq_attr=[1.0, 2.0, 3.0, 4.0],
+            ... )
+            >>> result.merge("word").seq_attr_dict
+            {' unbelievable': 6.0, ' news': 4.0}
+        """
+        stored = [name for name in fields_of(self) if name not in self._computed]
+        fields = {name: getattr(self, name) for name in stored}
+        return type(self)(**merged_fields(fields, spans, self.inp))
+
+    def _top(self, number: int = 3) -> str:
+        values = array(self.seq_attr)
+        largest = np.argsort(-np.abs(np.nan_to_num(values)), kind="stable")[:number]
+        tokens = readable_tokens(self.input_tokens, 20)
+        return ", ".join(f"'{tokens[place]}' {values[place]:.3g}" for place in largest)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._title()}, top: {self._top()})"
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        mine, theirs = vars(self), vars(other)
+        return all(equal(mine[name], theirs.get(name)) for name in mine if name != "inp")
+
+    def _checked_hidden(self, name: str, hidden_attr: Tensor | None) -> Tensor | None:
+        inputs = {"n_input": len(self.input_tokens), "hidden": None}
+        outputs = {"n_output": len(self.output_tokens)}
+        return optional_tensor(name, hidden_attr, outputs | inputs, {"sequence": 1} | inputs)

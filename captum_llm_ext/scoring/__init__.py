@@ -1,0 +1,1 @@
+"""A prompt and its target as one checked, teacher-forced pass with scores."""

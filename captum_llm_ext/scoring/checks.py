@@ -1,0 +1,199 @@
+"""Checks before any work: refuse what is meaningless, warn of what is doubtful."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from captum_llm_ext.inputs.targets import Target
+from captum_llm_ext.model.adapter import Adapter, context_length
+from captum_llm_ext.model.hooks import embedding_leaves, evaluating, reading
+from captum_llm_ext.model.layers import Site, decoder_blocks
+from captum_llm_ext.model.parts import known_token_embedding
+from captum_llm_ext.model.quantized import quantized_layers, quantizes_activations
+from captum_llm_ext.model.random_state import same_random_state
+from captum_llm_ext.scoring.teacher_forcing import Pass, TeacherForcing
+from captum_llm_ext.warning import warn
+
+
+def check_ids(forcing: TeacherForcing) -> None:
+    """Refuse token ids that the model has no embedding for."""
+    size = getattr(known_token_embedding(forcing.model), "num_embeddings", None)
+    ids = [forcing.prompt_ids[0], *forcing.target.vocabulary_ids]
+    wrong = [int(i) for i in torch.cat(ids) if i < 0 or (size is not None and i >= size)]
+    if wrong:
+        raise ValueError(
+            f"the ids of prompt and target must be in the model's vocabulary of {size}; "
+            f"got {wrong[:5]}: are tokenizer and model a pair?"
+        )
+
+
+def check_context(forcing: TeacherForcing) -> None:
+    """Refuse a prompt and target longer than the positions that the model was built for."""
+    config = getattr(forcing.model, "config", None)
+    text_config = getattr(config, "get_text_config", lambda: config)()
+    limit = getattr(text_config, "max_position_embeddings", None)
+    length = context_length(forcing.model, forcing.n_prompt, len(forcing.target.fed))
+    if isinstance(limit, int) and 0 < limit < length:
+        raise ValueError(
+            f"the prompt ({forcing.n_prompt} tokens) and target ({len(forcing.target)}) are longer "
+            f"than the model's context of {limit} tokens: shorten one of them"
+        )
+
+
+def warn_of_dropout(forcing: TeacherForcing) -> None:
+    """In training mode dropout makes every pass, and so every attribution, random.
+
+    Two passes tell, whether a module drops or a function that one calls.
+    """
+    if not any(module.training for module in forcing.model.modules()):
+        return
+    ids = forcing.fed(forcing.ids, forcing.whole)
+    with torch.no_grad(), same_random_state():
+        first, second = (forcing.run(ids, forcing.whole).logits for _ in range(2))
+    if not torch.allclose(first, second, equal_nan=True):
+        warn(
+            "the model is in training mode and has dropout, so the attribution is random: "
+            "call model.eval() first",
+        )
+
+
+def warn_of_low_precision(forcing: TeacherForcing, probe: Pass, sites: Sequence[Site]) -> None:
+    """A path from the embeddings is too uneven for 16 bits: on a real model its attribution in
+    bfloat16 had nothing in common with that in float32."""
+    embedding = known_token_embedding(forcing.model)
+    low = probe.precision in (torch.bfloat16, torch.float16)
+    if low and any(site.module is embedding for site in sites):
+        warn(
+            f"a path at the embeddings computed in {str(probe.precision).removeprefix('torch.')} "
+            "is not reliable: take a float32 model, the layers of a block, or LayerSaliency",
+        )
+
+
+def probed(forcing: TeacherForcing, use_cache: bool = False, filled_up: bool = True) -> Pass:
+    """The pass that tells whether the model is causal; dropout would look as if it were not.
+
+    filled_up: whether prompts may be filled up or cut into a cached prefix, which asks for a
+    causal model even for a target of one token.
+    """
+    alone = isinstance(forcing.model, Adapter) or forcing.target.of_positions
+    with evaluating(forcing.model):
+        return forcing.probe(use_cache, of_prompt=filled_up and not alone)
+
+
+def check_finite(probe: Pass) -> None:
+    """Refuse scores that are no numbers, from which nothing can be attributed."""
+    if not probe.token_scores().isfinite().all():
+        raise ValueError(
+            f"the model's scores are not finite in {probe.precision}: load it in bfloat16 or "
+            "float32, and check that the target's tokens can be generated at all"
+        )
+
+
+def check_causal(forcing: TeacherForcing, probe: Pass, product: bool = True) -> bool:
+    """Whether one pass can score all target tokens; says so when it cannot.
+
+    product: whether a product of probabilities must come from one pass.
+    """
+    check_finite(probe)
+    if quantizes_activations(forcing.model):
+        warn(
+            "8-bit layers round their input by what else is in the pass, so the model's own scores "
+            "depend slightly on later tokens and other rows: all target tokens are scored in one "
+            "pass, and gradients are taken with the dequantised weights",
+        )
+        return True
+    if probe.is_causal():
+        return True
+    if product and not forcing.target.is_additive:
+        raise ValueError(
+            "attr_target='prob' needs a causal model for a target of several tokens, and here "
+            "a later token changes earlier scores: use attr_target='log_prob' or one target token"
+        )
+    warn(
+        f"{type(forcing.model).__name__} is not causal (a later token changes earlier scores), so "
+        "the target is scored token by token, one pass each",
+    )
+    return False
+
+
+def check_gradients(forcing: TeacherForcing) -> None:
+    """Refuse quantised layers whose backward is missing or wrong, before any work.
+
+    A linear layer f with bias b = f(0) has ‖f(x) − b‖² = ⟨fᵀ(f(x) − b), x⟩, fᵀ its backward.
+    Then one backward from the score must reach the embeddings and every block.
+    """
+    layers = quantized_layers(forcing.model)
+    if not layers:
+        return
+    for name, x in _last_inputs(forcing, layers).items():
+        _check_backward(name, layers[name], x)
+    blocks = [Site(f"block {i}", b) for i, b in enumerate(decoder_blocks(forcing.model))]
+    # Of the logits, whose gradient does not vanish where the model is certain of its target.
+    forcing = replace(forcing, target=Target(forcing.target.ids, "logit"))
+    ids = forcing.fed(forcing.ids, forcing.whole)
+    with embedding_leaves(forcing.model, ids) as leaves, reading(blocks) as read:
+        scored = forcing.run(ids, forcing.whole)
+    wrt = [*leaves, *read.values()]
+    gradients = next(scored.gradients(wrt, per_token=False))[1]
+    names = [*("the embeddings" for _ in leaves), *(site.name for site in read)]
+    cut = [name for name, g in zip(names, gradients, strict=True) if not g.any()]
+    if cut:
+        raise ValueError(f"no gradient reaches {', '.join(cut[:3])}: {_ADVICE}")
+
+
+_ADVICE = (
+    "these quantised layers cannot be differentiated; use an unquantised model, load_model(…, "
+    'quantization="nf4"), or a perturbation method (LLMAttribution)'
+)
+
+
+@torch.no_grad()
+def _last_inputs(forcing: TeacherForcing, layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """What each layer is fed at the last position."""
+    inputs: dict[str, Tensor] = {}
+
+    def recorder(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def record(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            inputs[name] = _last_row(args[0])
+
+        return record
+
+    with ExitStack() as stack:
+        for name, module in layers.items():
+            stack.callback(module.register_forward_pre_hook(recorder(name)).remove)
+        forcing.run(forcing.fed(forcing.ids, forcing.whole), forcing.whole)
+    return inputs
+
+
+def _last_row(x: Tensor) -> Tensor:
+    """The last of the vectors (…, width) as (1, …, width): some models feed rows of no batch."""
+    return x.detach().flatten(0, -2)[-1:].clone().view(*[1] * (x.dim() - 1), -1)
+
+
+def _check_backward(name: str, layer: nn.Module, x: Tensor) -> None:
+    leaf = x.requires_grad_()
+    output = layer(leaf)
+    if not output.requires_grad:
+        raise ValueError(f"{name} ({type(layer).__name__}) has no backward: {_ADVICE}")
+    with torch.no_grad():  # not all of them have their bias in an attribute
+        linear = output - layer(torch.zeros_like(x))
+    (back,) = torch.autograd.grad(output, leaf, linear, allow_unused=True, materialize_grads=True)
+    truth, found = linear.float().square().sum(), (back.float() * x.detach().float()).sum()
+    if (truth - found).abs() > 0.1 * truth:
+        raise ValueError(
+            f"{name} ({type(layer).__name__}) has a wrong backward (⟨fᵀy, x⟩ is {found:.3g}, "
+            f"expected {truth:.3g}): {_ADVICE}"
+        )
+
+
+def check_counts(**counts: int | None) -> None:
+    """Refuse counts that are not whole numbers of at least 1; None is the default."""
+    for name, count in counts.items():
+        whole = isinstance(count, int) and not isinstance(count, bool)
+        if count is not None and not (whole and count >= 1):
+            raise ValueError(f"{name} must be an int of at least 1, got {count!r}")
