@@ -1,43 +1,84 @@
-"""Captum's attribution of language models: right, fast, and over any set of layers."""
+"""Captum's attribution of language models: right, fast, and over any set of layers.
 
-from captum.attr import (
-    FeatureAblation,
-    KernelShap,
-    LayerConductance,
-    LayerGradientShap,
-    LayerGradientXActivation,
-    LayerIntegratedGradients,
-    Lime,
-    ProductBaselines,
-    RemoteLLMAttribution,
-    ShapleyValues,
-    ShapleyValueSampling,
-)
+Public names are imported when they are first used (PEP 562), so that the command line answers
+``--help`` without loading torch.
+"""
 
-from captum_llm_ext.attention.wrapper import LLMAttentionAttribution
-from captum_llm_ext.batches import BatchReport, batch
-from captum_llm_ext.explaining import explain
-from captum_llm_ext.gradients.methods import LayerSaliency
-from captum_llm_ext.gradients.wrapper import LLMGradientAttribution
-from captum_llm_ext.inputs import (
-    TextTemplateInput,
-    TextTokenInput,
-    chat_input,
-    qa_input,
-    segment_input,
-)
-from captum_llm_ext.metrics import compare_methods, faithfulness
-from captum_llm_ext.model.layers import find_layers
-from captum_llm_ext.model.loading import load_demo_model, load_model
-from captum_llm_ext.perturbations.two_stage import TwoStageAblation
-from captum_llm_ext.perturbations.wrapper import LLMAttribution
-from captum_llm_ext.results import (
-    LLMAttentionAttributionResult,
-    LLMAttributionResult,
-    LLMLayerAttributionResult,
-)
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from captum_llm_ext._version import __version__
+
+if TYPE_CHECKING:
+    from captum.attr import (
+        FeatureAblation,
+        KernelShap,
+        LayerConductance,
+        LayerGradientShap,
+        LayerGradientXActivation,
+        LayerIntegratedGradients,
+        Lime,
+        ProductBaselines,
+        RemoteLLMAttribution,
+        ShapleyValues,
+        ShapleyValueSampling,
+    )
+
+    from captum_llm_ext.attention.wrapper import LLMAttentionAttribution
+    from captum_llm_ext.batches.run import BatchReport, batch
+    from captum_llm_ext.explaining import explain
+    from captum_llm_ext.gradients.saliency import LayerSaliency
+    from captum_llm_ext.gradients.wrapper import LLMGradientAttribution
+    from captum_llm_ext.inputs.chats import chat_input
+    from captum_llm_ext.inputs.questions import qa_input
+    from captum_llm_ext.inputs.segments import segment_input
+    from captum_llm_ext.inputs.templates import TextTemplateInput
+    from captum_llm_ext.inputs.tokens import TextTokenInput
+    from captum_llm_ext.metrics.comparison import compare_methods
+    from captum_llm_ext.metrics.judging import faithfulness
+    from captum_llm_ext.model.layers import find_layers
+    from captum_llm_ext.model.loading import load_demo_model, load_model
+    from captum_llm_ext.perturbations.two_stage import TwoStageAblation
+    from captum_llm_ext.perturbations.wrapper import LLMAttribution
+    from captum_llm_ext.results.attention import LLMAttentionAttributionResult
+    from captum_llm_ext.results.layered import LLMLayerAttributionResult
+    from captum_llm_ext.results.single import LLMAttributionResult
+
+_MODULES = {
+    "captum.attr": (
+        "FeatureAblation",
+        "KernelShap",
+        "LayerConductance",
+        "LayerGradientShap",
+        "LayerGradientXActivation",
+        "LayerIntegratedGradients",
+        "Lime",
+        "ProductBaselines",
+        "RemoteLLMAttribution",
+        "ShapleyValueSampling",
+        "ShapleyValues",
+    ),
+    "captum_llm_ext.attention.wrapper": ("LLMAttentionAttribution",),
+    "captum_llm_ext.batches.run": ("BatchReport", "batch"),
+    "captum_llm_ext.explaining": ("explain",),
+    "captum_llm_ext.gradients.saliency": ("LayerSaliency",),
+    "captum_llm_ext.gradients.wrapper": ("LLMGradientAttribution",),
+    "captum_llm_ext.inputs.chats": ("chat_input",),
+    "captum_llm_ext.inputs.questions": ("qa_input",),
+    "captum_llm_ext.inputs.segments": ("segment_input",),
+    "captum_llm_ext.inputs.templates": ("TextTemplateInput",),
+    "captum_llm_ext.inputs.tokens": ("TextTokenInput",),
+    "captum_llm_ext.metrics.comparison": ("compare_methods",),
+    "captum_llm_ext.metrics.judging": ("faithfulness",),
+    "captum_llm_ext.model.layers": ("find_layers",),
+    "captum_llm_ext.model.loading": ("load_demo_model", "load_model"),
+    "captum_llm_ext.perturbations.two_stage": ("TwoStageAblation",),
+    "captum_llm_ext.perturbations.wrapper": ("LLMAttribution",),
+    "captum_llm_ext.results.attention": ("LLMAttentionAttributionResult",),
+    "captum_llm_ext.results.layered": ("LLMLayerAttributionResult",),
+    "captum_llm_ext.results.single": ("LLMAttributionResult",),
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "BatchReport",
@@ -62,6 +103,7 @@ __all__ = [
     "TextTemplateInput",
     "TextTokenInput",
     "TwoStageAblation",
+    "__version__",
     "batch",
     "chat_input",
     "compare_methods",
@@ -73,3 +115,15 @@ __all__ = [
     "qa_input",
     "segment_input",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_MODULE_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

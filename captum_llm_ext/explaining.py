@@ -24,7 +24,9 @@ from torch import nn
 from captum_llm_ext.attention.wrapper import LLMAttentionAttribution
 from captum_llm_ext.gradients.methods import LayerSaliency
 from captum_llm_ext.gradients.wrapper import LLMGradientAttribution
-from captum_llm_ext.inputs import TextTokenInput, chat_input, qa_input
+from captum_llm_ext.inputs.chats import chat_input
+from captum_llm_ext.inputs.questions import qa_input
+from captum_llm_ext.inputs.tokens import TextTokenInput
 from captum_llm_ext.perturbations.two_stage import TwoStageAblation
 from captum_llm_ext.perturbations.wrapper import LLMAttribution
 from captum_llm_ext.results import LLMAttributionResult

@@ -12,9 +12,10 @@ from torch import nn
 from captum_llm_ext.explaining import Layers, Wrapper, as_input, prepare
 from captum_llm_ext.gradients.methods import RULES, check_baselines, read_rule
 from captum_llm_ext.gradients.wrapper import LLMGradientAttribution
-from captum_llm_ext.inputs import TextTemplateInput, chat_input, qa_input, segment_input
-from captum_llm_ext.inputs.chats import CHAT_FEATURES
-from captum_llm_ext.inputs.segments import PATTERNS
+from captum_llm_ext.inputs.chats import CHAT_FEATURES, chat_input
+from captum_llm_ext.inputs.questions import qa_input
+from captum_llm_ext.inputs.segments import PATTERNS, segment_input
+from captum_llm_ext.inputs.templates import TextTemplateInput
 from captum_llm_ext.model.random_state import seeded
 from captum_llm_ext.perturbations.wrapper import RESERVED, LLMAttribution
 

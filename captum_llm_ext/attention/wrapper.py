@@ -20,7 +20,7 @@ from captum_llm_ext.compat import (
     InterpretableInput,
 )
 from captum_llm_ext.gradients.assemble import by_feature
-from captum_llm_ext.inputs import Features, read_features
+from captum_llm_ext.inputs.features import Features, read_features
 from captum_llm_ext.model.encoder_decoder import EncoderDecoder
 from captum_llm_ext.model.layers import LayerSpec, Site, decoder_blocks, resolve_sites
 from captum_llm_ext.model.parts import input_device

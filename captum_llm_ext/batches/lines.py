@@ -10,7 +10,7 @@ from typing import Any
 
 from captum.attr import InterpretableInput
 
-from captum_llm_ext.inputs import prompt_ids
+from captum_llm_ext.inputs.features import prompt_ids
 from captum_llm_ext.requests import requested_input
 
 

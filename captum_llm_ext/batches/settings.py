@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from captum_llm_ext._version import __version__
 from captum_llm_ext.batches.lines import Line
 
 VALUES_PER_WEIGHT = 8
@@ -24,8 +25,6 @@ def batch_settings(
     model: nn.Module, tokenizer: Any, lines: Sequence[Line], request: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Everything that the results depend on, as JSON has it; digests of what is large."""
-    from captum_llm_ext import __version__  # the package imports this module
-
     return {
         "captum_llm_ext": __version__,
         "model": _digest(_weights(model)),

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from string import Formatter
 from typing import Any
 
-from captum_llm_ext import __version__
+from captum_llm_ext._version import __version__
 from captum_llm_ext.cli.arguments import (
     Parser,
     add_input_arguments,

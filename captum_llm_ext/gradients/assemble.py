@@ -12,7 +12,7 @@ from captum_llm_ext.compat import InterpretableInput
 from captum_llm_ext.gradients.methods import NORMS
 from captum_llm_ext.gradients.quadrature import NEAR_START
 from captum_llm_ext.gradients.totals import LayerTotal
-from captum_llm_ext.inputs import Features
+from captum_llm_ext.inputs.features import Features
 from captum_llm_ext.model.layers import Site
 from captum_llm_ext.results import LLMAttributionResult, LLMLayerAttributionResult
 from captum_llm_ext.warning import warn

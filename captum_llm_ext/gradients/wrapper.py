@@ -36,7 +36,6 @@ from captum_llm_ext.gradients.forward_mode import is_cheaper
 from captum_llm_ext.gradients.job import Job, check_choices, draws, forward_mode_of, rows_per_pass
 from captum_llm_ext.gradients.methods import RULES, PathRule, Rule, check_baselines, read_rule
 from captum_llm_ext.gradients.totals import LayerTotal, Plan
-from captum_llm_ext.inputs import Features, attributed_with, baseline_tokens, read_features
 from captum_llm_ext.inputs.baselines import (
     BaselineSpec,
     PathStart,
@@ -44,7 +43,9 @@ from captum_llm_ext.inputs.baselines import (
     path_start,
     template_start,
 )
+from captum_llm_ext.inputs.features import Features, baseline_tokens, read_features
 from captum_llm_ext.inputs.targets import GRADIENT_TARGETS, check_attr_target
+from captum_llm_ext.inputs.tokens import attributed_with
 from captum_llm_ext.model.adapter import sites_in
 from captum_llm_ext.model.encoder_decoder import check_start
 from captum_llm_ext.model.hooks import evaluating, frozen_parameters, without_checkpointing

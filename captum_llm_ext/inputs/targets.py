@@ -42,9 +42,9 @@ class Target:
 
     @property
     def vocabulary_ids(self) -> list[Tensor]:
-        """The ids that the model's vocabulary is to have."""
-        given = [] if self.of_positions else [self.ids, self.contrast]
-        return [ids for ids in given if ids is not None]
+        """The ids that must be in the model's vocabulary."""
+        ids = [] if self.of_positions else [self.ids, self.contrast]
+        return [one for one in ids if one is not None]
 
     @property
     def is_additive(self) -> bool:
@@ -83,9 +83,10 @@ class Target:
         return values.exp() if self.attr_target == "prob" else values
 
 
-def check_attr_target(attr_target: str, known: Sequence[str]) -> str:
-    if attr_target not in known:
-        raise ValueError(f"attr_target must be one of {', '.join(known)}; got {attr_target!r}")
+def check_attr_target(attr_target: str, supported: Sequence[str]) -> str:
+    if attr_target not in supported:
+        names = ", ".join(supported)
+        raise ValueError(f"attr_target must be one of {names}; got {attr_target!r}")
     return attr_target
 
 
@@ -95,15 +96,14 @@ def target_ids(
     model_inputs: Mapping[str, Any],
     target: str | Tensor | Sequence[int] | None,
     gen_args: Mapping[str, Any] | None,
-    n_given: int | None = None,
+    n_start: int | None = None,
 ) -> Tensor:
-    """The token ids (n_output,) of a target that is given, or that the model generates.
+    """The token ids (n_output,) of the target, which the model generates where it is None.
 
-    n_given: how many ids precede the generated ones in what the model generates; default: the
-    prompt's.
+    n_start: how many ids `generate` returns before the generated ones; default: the prompt's.
     """
     if target is None:
-        generated = _generate(model, model_inputs, gen_args, n_given)
+        generated = _generate(model, model_inputs, gen_args, n_start)
         return _checked(generated, "the model generated no token")
     if gen_args is not None:
         raise ValueError("gen_args is only for a generated target; got gen_args and a target")
@@ -175,7 +175,7 @@ def _generate(
     model: nn.Module,
     model_inputs: Mapping[str, Any],
     gen_args: Mapping[str, Any] | None,
-    n_given: int | None,
+    n_start: int | None,
 ) -> Tensor:
     generate = getattr(model, "generate", None)
     if not callable(generate):
@@ -187,7 +187,7 @@ def _generate(
     with torch.no_grad():
         output = generate(**mask, **(gen_args or DEFAULT_GEN_ARGS))
     sequences = output if isinstance(output, Tensor) else output.sequences
-    return sequences[0, ids.size(1) if n_given is None else n_given :]
+    return sequences[0, ids.size(1) if n_start is None else n_start :]
 
 
 def _checked(ids: Tensor, problem: str) -> Tensor:

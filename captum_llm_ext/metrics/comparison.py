@@ -24,8 +24,8 @@ from captum_llm_ext.explaining import (
     as_input,
     explain,
 )
-from captum_llm_ext.inputs import drawn
 from captum_llm_ext.inputs.baselines import BaselineSpec
+from captum_llm_ext.inputs.templates import drawn
 from captum_llm_ext.metrics.curves import FRACTIONS, MEASURES
 from captum_llm_ext.metrics.judging import Faithfulness
 from captum_llm_ext.metrics.removal import MOST_STEPS, Removal, feature_attr, open_coalitions

@@ -12,9 +12,10 @@ from captum.attr import LLMAttributionResult as CaptumLLMAttributionResult
 from torch import Tensor, nn
 
 from captum_llm_ext.compat import CaptumTextTemplateInput, CaptumTextTokenInput, InterpretableInput
-from captum_llm_ext.inputs import check_template, drawn, with_baselines
 from captum_llm_ext.inputs.baselines import BaselineSpec
 from captum_llm_ext.inputs.targets import PERTURBATION_TARGETS, captums_labels, check_attr_target
+from captum_llm_ext.inputs.templates import check_template, drawn
+from captum_llm_ext.inputs.tokens import with_baselines
 from captum_llm_ext.metrics.curves import FRACTIONS, RemovalCurves, removal_counts, removal_rows
 from captum_llm_ext.perturbations.masked_prompts import Coalitions, prompt_scorer, teacher_forcing
 from captum_llm_ext.scoring.checks import check_counts, warn_of_dropout

@@ -1,4 +1,4 @@
-"""A model of another kind, run as the passes here run a causal one: ids in, logits out."""
+"""A model of another kind, run as a causal one: rows of ids in, logits out."""
 
 from __future__ import annotations
 
@@ -14,7 +14,34 @@ from captum_llm_ext.model.parts import named_by_model
 Part = tuple[int, int]
 
 
-class Adapter(nn.Module):
+class Layout:
+    """How a model uses a row of ids. These answers are a causal model's, which runs as it is."""
+
+    def site(self, site: Site) -> Site:
+        """Where a layer of the model is read."""
+        return site
+
+    def prompt(self, ids: Tensor) -> Tensor:
+        """The ids (n_prompt,) that a row begins with, for the ids (n,) of a prompt."""
+        return ids
+
+    def parts(self, length: int) -> list[Part]:
+        """The parts (start, stop) of `length` ids that a layer may hold."""
+        return [(0, length)]
+
+    def context(self, n_prompt: int, n_target: int) -> int:
+        """How many positions the model needs for a prompt and the target ids after it."""
+        return n_prompt + n_target
+
+    def whole_blocks(self, model: nn.Module) -> list[nn.Module]:
+        """The blocks that hold everything the scores depend on."""
+        return decoder_blocks(model)
+
+    def check_embedding_baseline(self, replaced: Tensor) -> None:
+        """Refuse embeddings as the baseline of the `replaced` (length,) positions."""
+
+
+class Adapter(nn.Module, Layout):
     """Wraps a model so that ``forward(ids)`` of one row of ids gives ``.logits`` to be scored.
 
     Layers are those of the wrapped model, read and replaced where they are.
@@ -35,51 +62,14 @@ class Adapter(nn.Module):
     def get_output_embeddings(self) -> nn.Module | None:
         return named_by_model(self.model, "get_output_embeddings")
 
-    def site(self, site: Site) -> Site:
-        """Where a layer of the wrapped model is to be read."""
-        return site
-
-    def prompt(self, ids: Tensor) -> Tensor:
-        """The ids (n_prompt,) that a row begins with, for a prompt's own ids (n,)."""
-        return ids
-
-    def parts(self, length: int) -> list[Part]:
-        """What of `length` ids a layer may hold, (start, stop): all of them, or a part."""
-        return [(0, length)]
-
-    def context(self, n_prompt: int, n_fed: int) -> int:
-        """How many positions the model needs for a prompt and the target ids after it."""
-        return n_prompt + n_fed
-
-    def whole_blocks(self) -> list[nn.Module]:
-        """The blocks that all which the scores depend on passes."""
-        return decoder_blocks(self.model)
-
     @abstractmethod
     def logits_after(self, prompts: Sequence[Tensor], fed: Tensor) -> Tensor:
         """Logits (rows, n_output, …) after prompts of any lengths and the target's `fed` ids."""
 
 
-def sites_in(model: nn.Module, sites: Sequence[Site]) -> list[Site]:
-    """Where layers are to be read, in a model that may be wrapped."""
-    return [model.site(site) for site in sites] if isinstance(model, Adapter) else list(sites)
+_CAUSAL = Layout()
 
 
-def prompt_in(model: nn.Module, ids: Tensor) -> Tensor:
-    """The ids (n_prompt,) that a row begins with, for a prompt's own ids (n,)."""
-    return model.prompt(ids) if isinstance(model, Adapter) else ids
-
-
-def parts_of(model: nn.Module, length: int) -> list[Part]:
-    """What of `length` ids a layer may hold, (start, stop)."""
-    return model.parts(length) if isinstance(model, Adapter) else [(0, length)]
-
-
-def context_length(model: nn.Module, n_prompt: int, n_fed: int) -> int:
-    """How many positions a model needs for a prompt and the target ids after it."""
-    return model.context(n_prompt, n_fed) if isinstance(model, Adapter) else n_prompt + n_fed
-
-
-def whole_blocks(model: nn.Module) -> list[nn.Module]:
-    """The blocks that all which the scores depend on passes."""
-    return model.whole_blocks() if isinstance(model, Adapter) else decoder_blocks(model)
+def layout_of(model: nn.Module) -> Layout:
+    """The layout of a model: its own where it is an adapter, else a causal one."""
+    return model if isinstance(model, Adapter) else _CAUSAL

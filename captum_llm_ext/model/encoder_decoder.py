@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from captum_llm_ext.inputs.baselines import PathStart
 from captum_llm_ext.model.adapter import Adapter, Part
 from captum_llm_ext.model.hooks import is_ids
 from captum_llm_ext.model.layers import Site
@@ -48,11 +47,22 @@ class EncoderDecoder(Adapter):
     def parts(self, length: int) -> list[Part]:
         return [(0, length), (0, self.n_encoder), (self.n_encoder, length)]
 
-    def whole_blocks(self) -> list[nn.Module]:
-        return []  # those of the decoder do not hold the encoder's states, nor these the decoder's
+    def whole_blocks(self, model: nn.Module) -> list[nn.Module]:
+        return []  # no block holds the states of both halves
 
-    def context(self, n_prompt: int, n_fed: int) -> int:
-        return max(n_prompt - 1, 1 + n_fed)
+    def context(self, n_prompt: int, n_target: int) -> int:
+        return max(n_prompt - 1, 1 + n_target)
+
+    def check_embedding_baseline(self, replaced: Tensor) -> None:
+        encoder, decoder = (
+            half.weight for half in (self.embeddings.encoder, self.embeddings.decoder)
+        )
+        generated = replaced[self.n_encoder :].any()
+        if generated and encoder.data_ptr() != decoder.data_ptr():  # type: ignore[operator]
+            raise ValueError(
+                "encoder and decoder embed tokens differently here, so no embedding is the "
+                "baseline of both: with include_generated=True give a token id as the baseline"
+            )
 
     def forward(self, ids: Tensor, output_attentions: bool = False) -> Any:
         encoder_ids, decoder_ids = self.embeddings.split(ids)
@@ -132,21 +142,6 @@ def _embedded_as(embeddings: TokenEmbeddings, ids: Tensor, embedded: Tensor) -> 
         raise ValueError(
             f"{type(waiting[0][0]).__name__} does not embed the ids that the model is given, so "
             "nothing can be attributed to its input embeddings"
-        )
-
-
-def check_start(model: nn.Module, start: PathStart) -> None:
-    """Refuse embeddings of the encoder as the baseline of a decoder that has others."""
-    if not isinstance(model, EncoderDecoder) or start.embeddings is None:
-        return
-    encoder, decoder = (
-        half.weight for half in (model.embeddings.encoder, model.embeddings.decoder)
-    )
-    generated = start.replaced[model.n_encoder :].any()
-    if generated and encoder.data_ptr() != decoder.data_ptr():  # type: ignore[operator]
-        raise ValueError(
-            "encoder and decoder embed tokens differently here, so no embedding is the baseline of "
-            "both: with include_generated=True give a token id as the baseline"
         )
 
 

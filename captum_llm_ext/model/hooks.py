@@ -132,14 +132,16 @@ class HeadInput:
 
 
 @contextmanager
-def split_at_head(model: nn.Module, keep_graph: bool = False) -> Iterator[HeadInput]:
+def split_at_head(model: nn.Module, sites: Sequence[Site] = ()) -> Iterator[HeadInput]:
     """Cut the graph at the input of the output head, so that the head is walked back only once.
 
     A token's score depends on one position of the head's input, so one backward gives the
-    gradients there for all target tokens. `keep_graph` leaves the graph whole. The copy to a
-    contiguous tensor matters too: on a slice the product falls back to a far slower one.
+    gradients there for all target tokens. The graph stays whole where one of the `sites`, whose
+    gradients are to be taken, lies in the head. The copy to a contiguous tensor matters too: on a
+    slice the product falls back to a far slower one.
     """
-    split = HeadInput()
+    split, head = HeadInput(), output_head(model)
+    keep_graph = head is not None and any(s.module in set(head.modules()) for s in sites)
 
     def cut(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden = args[0].contiguous()
@@ -148,7 +150,6 @@ def split_at_head(model: nn.Module, keep_graph: bool = False) -> Iterator[HeadIn
         split.below, split.above = hidden, hidden.detach().requires_grad_()
         return (split.above, *args[1:])
 
-    head = output_head(model)
     hook = head.register_forward_pre_hook(cut) if head is not None else None
     try:
         yield split

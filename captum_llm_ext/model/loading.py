@@ -29,7 +29,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from captum_llm_ext.scoring.tasks import CAUSAL, QA, SEQ2SEQ, task_name
+from captum_llm_ext.model.kinds import CAUSAL, QA, SEQ2SEQ, kind_of
 
 logger = logging.getLogger(__name__)
 
@@ -165,7 +165,7 @@ def _checked_task(name: str, task: str | None) -> str:
         return task or CAUSAL  # of an adapter alone, whose model is elsewhere
     config = AutoConfig.from_pretrained(name)
     architectures = getattr(config, "architectures", None) or []
-    found = task_name(config, architectures)
+    found = kind_of(config, architectures)
     if task in (None, found) or not architectures:
         return task or found
     # With another head than it was trained with, its scores would be random.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from torch import Tensor, nn
 
@@ -27,8 +29,8 @@ def known_token_embedding(model: nn.Module) -> nn.Module | None:
     return named if named is not None or len(only) != 1 else only[0]
 
 
-def input_device(model: nn.Module, default: torch.device | str) -> torch.device:
-    """Where the ids go: with the embeddings, also when a model is spread over devices.
+def input_device(model: nn.Module) -> torch.device:
+    """Where the ids go: to the embeddings, also where a model is spread over devices.
 
     An offloaded model keeps its weights on no device; accelerate's hook knows where it runs.
     """
@@ -37,15 +39,15 @@ def input_device(model: nn.Module, default: torch.device | str) -> torch.device:
     if isinstance(weight, Tensor) and weight.device.type != "meta":
         return weight.device
     hooks = (getattr(module, "_hf_hook", None) for module in (embedding, model))
-    known = [getattr(hook, "execution_device", None) for hook in hooks]
-    return torch.device(next((device for device in known if device is not None), default))
+    devices = [getattr(hook, "execution_device", None) for hook in hooks]
+    devices += [getattr(model, "device", None), *(p.device for p in model.parameters())]
+    return torch.device(next((device for device in devices if device is not None), "cpu"))
 
 
 @torch.no_grad()
 def embedded(ids: Tensor, model: nn.Module) -> Tensor:
     """The embeddings (…, hidden) of token ids, as the model embeds them, in float32."""
-    device = input_device(model, ids.device)
-    values: Tensor = token_embedding(model)(ids.to(device))
+    values: Tensor = token_embedding(model)(ids.to(input_device(model)))
     return values.float()
 
 
@@ -60,3 +62,8 @@ def named_by_model(model: nn.Module, getter: str) -> nn.Module | None:
     except NotImplementedError:
         return None
     return module if isinstance(module, nn.Module) else None
+
+
+def accepts(model: nn.Module, argument: str) -> bool:
+    """Whether the model's forward has an argument of this name."""
+    return argument in inspect.signature(model.forward).parameters

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from copy import deepcopy
 from typing import Any
 
 from torch import Tensor, nn
 
 from captum_llm_ext.compat import Cache, DynamicLayer, DynamicSlidingWindowLayer
-
-FEWEST_REUSED = 8  # a shorter prefix costs more to keep than to compute again
+from captum_llm_ext.model.parts import accepts
 
 
 class PrefixCache:
@@ -64,13 +62,3 @@ def can_be_cut(cache: Any) -> bool:
     like) cannot be cut back to a prefix, and some take no continuation of several tokens."""
     kinds = (DynamicLayer, DynamicSlidingWindowLayer)
     return isinstance(cache, Cache) and all(type(layer) in kinds for layer in cache.layers)
-
-
-def keeps_cache(model: nn.Module) -> bool:
-    """Whether the model's forward takes and gives a key/value cache."""
-    return accepts(model, "past_key_values") and accepts(model, "use_cache")
-
-
-def accepts(model: nn.Module, argument: str) -> bool:
-    """Whether the model's forward has an argument of this name."""
-    return argument in inspect.signature(model.forward).parameters

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from captum_llm_ext.compat import InterpretableInput
-from captum_llm_ext.inputs import prompt_ids
+from captum_llm_ext.inputs.features import prompt_ids
 from captum_llm_ext.model.adapter import prompt_in
 from captum_llm_ext.model.parts import input_device
 from captum_llm_ext.model.prefix_cache import keeps_cache

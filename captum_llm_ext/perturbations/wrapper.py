@@ -20,9 +20,10 @@ from captum_llm_ext.compat import (
     PerturbationAttribution,
     default_perturb_func,
 )
-from captum_llm_ext.inputs import check_template, drawn, with_baselines
 from captum_llm_ext.inputs.baselines import BaselineSpec
 from captum_llm_ext.inputs.targets import PERTURBATION_TARGETS, check_attr_target
+from captum_llm_ext.inputs.templates import check_template, drawn
+from captum_llm_ext.inputs.tokens import with_baselines
 from captum_llm_ext.model.parts import input_device
 from captum_llm_ext.model.quantized import quietly
 from captum_llm_ext.model.random_state import same_random_state

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from captum_llm_ext.inputs.targets import Target
-from captum_llm_ext.model.adapter import Adapter, context_length
-from captum_llm_ext.model.hooks import embedding_leaves, evaluating, reading
+from captum_llm_ext.model.adapter import layout_of
+from captum_llm_ext.model.hooks import embedding_leaves, reading
 from captum_llm_ext.model.layers import Site, decoder_blocks
 from captum_llm_ext.model.parts import known_token_embedding
 from captum_llm_ext.model.quantized import quantized_layers, quantizes_activations
@@ -33,26 +33,27 @@ def check_ids(forcing: TeacherForcing) -> None:
 
 
 def check_context(forcing: TeacherForcing) -> None:
-    """Refuse a prompt and target longer than the positions that the model was built for."""
+    """Refuse a prompt and target that are longer than the model's context."""
     config = getattr(forcing.model, "config", None)
     text_config = getattr(config, "get_text_config", lambda: config)()
     limit = getattr(text_config, "max_position_embeddings", None)
-    length = context_length(forcing.model, forcing.n_prompt, len(forcing.target.fed))
+    row = forcing.row
+    length = layout_of(forcing.model).context(row.n_prompt, row.n_target)
     if isinstance(limit, int) and 0 < limit < length:
         raise ValueError(
-            f"the prompt ({forcing.n_prompt} tokens) and target ({len(forcing.target)}) are longer "
+            f"the prompt ({row.n_prompt} tokens) and target ({len(forcing.target)}) are longer "
             f"than the model's context of {limit} tokens: shorten one of them"
         )
 
 
 def warn_of_dropout(forcing: TeacherForcing) -> None:
-    """In training mode dropout makes every pass, and so every attribution, random.
+    """Warn of dropout: in training mode it makes every pass, and so every attribution, random.
 
-    Two passes tell, whether a module drops or a function that one calls.
+    Two passes tell, whether a module drops or a function that a module calls.
     """
     if not any(module.training for module in forcing.model.modules()):
         return
-    ids = forcing.fed(forcing.ids, forcing.whole)
+    ids = forcing.fed(forcing.whole)
     with torch.no_grad(), same_random_state():
         first, second = (forcing.run(ids, forcing.whole).logits for _ in range(2))
     if not torch.allclose(first, second, equal_nan=True):
@@ -63,8 +64,10 @@ def warn_of_dropout(forcing: TeacherForcing) -> None:
 
 
 def warn_of_low_precision(forcing: TeacherForcing, probe: Pass, sites: Sequence[Site]) -> None:
-    """A path from the embeddings is too uneven for 16 bits: on a real model its attribution in
-    bfloat16 had nothing in common with that in float32."""
+    """Warn of a path from the embeddings in 16 bits, which cannot resolve its spikes.
+
+    On a real model its attribution in bfloat16 had nothing in common with that in float32.
+    """
     embedding = known_token_embedding(forcing.model)
     low = probe.precision in (torch.bfloat16, torch.float16)
     if low and any(site.module is embedding for site in sites):
@@ -74,19 +77,8 @@ def warn_of_low_precision(forcing: TeacherForcing, probe: Pass, sites: Sequence[
         )
 
 
-def probed(forcing: TeacherForcing, use_cache: bool = False, filled_up: bool = True) -> Pass:
-    """The pass that tells whether the model is causal; dropout would look as if it were not.
-
-    filled_up: whether prompts may be filled up or cut into a cached prefix, which asks for a
-    causal model even for a target of one token.
-    """
-    alone = isinstance(forcing.model, Adapter) or forcing.target.of_positions
-    with evaluating(forcing.model):
-        return forcing.probe(use_cache, of_prompt=filled_up and not alone)
-
-
 def check_finite(probe: Pass) -> None:
-    """Refuse scores that are no numbers, from which nothing can be attributed."""
+    """Refuse scores that are not finite: nothing can be attributed to them."""
     if not probe.token_scores().isfinite().all():
         raise ValueError(
             f"the model's scores are not finite in {probe.precision}: load it in bfloat16 or "
@@ -95,7 +87,7 @@ def check_finite(probe: Pass) -> None:
 
 
 def check_causal(forcing: TeacherForcing, probe: Pass, product: bool = True) -> bool:
-    """Whether one pass can score all target tokens; says so when it cannot.
+    """Whether one pass can score all target tokens; warns where it cannot.
 
     product: whether a product of probabilities must come from one pass.
     """
@@ -135,7 +127,7 @@ def check_gradients(forcing: TeacherForcing) -> None:
     blocks = [Site(f"block {i}", b) for i, b in enumerate(decoder_blocks(forcing.model))]
     # Of the logits, whose gradient does not vanish where the model is certain of its target.
     forcing = replace(forcing, target=Target(forcing.target.ids, "logit"))
-    ids = forcing.fed(forcing.ids, forcing.whole)
+    ids = forcing.fed(forcing.whole)
     with embedding_leaves(forcing.model, ids) as leaves, reading(blocks) as read:
         scored = forcing.run(ids, forcing.whole)
     wrt = [*leaves, *read.values()]
@@ -166,12 +158,12 @@ def _last_inputs(forcing: TeacherForcing, layers: Mapping[str, nn.Module]) -> di
     with ExitStack() as stack:
         for name, module in layers.items():
             stack.callback(module.register_forward_pre_hook(recorder(name)).remove)
-        forcing.run(forcing.fed(forcing.ids, forcing.whole), forcing.whole)
+        forcing.run(forcing.fed(forcing.whole), forcing.whole)
     return inputs
 
 
 def _last_row(x: Tensor) -> Tensor:
-    """The last of the vectors (…, width) as (1, …, width): some models feed rows of no batch."""
+    """The last vector of (…, width) as (1, …, width): some models feed rows without a batch."""
     return x.detach().flatten(0, -2)[-1:].clone().view(*[1] * (x.dim() - 1), -1)
 
 
@@ -183,11 +175,11 @@ def _check_backward(name: str, layer: nn.Module, x: Tensor) -> None:
     with torch.no_grad():  # not all of them have their bias in an attribute
         linear = output - layer(torch.zeros_like(x))
     (back,) = torch.autograd.grad(output, leaf, linear, allow_unused=True, materialize_grads=True)
-    truth, found = linear.float().square().sum(), (back.float() * x.detach().float()).sum()
-    if (truth - found).abs() > 0.1 * truth:
+    expected, product = linear.float().square().sum(), (back.float() * x.detach().float()).sum()
+    if (expected - product).abs() > 0.1 * expected:
         raise ValueError(
-            f"{name} ({type(layer).__name__}) has a wrong backward (⟨fᵀy, x⟩ is {found:.3g}, "
-            f"expected {truth:.3g}): {_ADVICE}"
+            f"{name} ({type(layer).__name__}) has a wrong backward (⟨fᵀy, x⟩ is {product:.3g}, "
+            f"expected {expected:.3g}): {_ADVICE}"
         )
 
 

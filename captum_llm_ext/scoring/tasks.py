@@ -1,11 +1,12 @@
-"""What kinds of model there are: how each is run, and what of it is scored.
+"""The tasks: how each kind of model is run, and what of its output is scored.
 
-A new kind is an adapter, a function that makes the pass from a request, and one line in `TASKS`.
+A new task is an adapter in `model/`, a function that makes the pass of a request, and one line in
+`TASKS`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from captum_llm_ext.compat import InterpretableInput
-from captum_llm_ext.inputs import places_kept
+from captum_llm_ext.inputs.features import places_kept
 from captum_llm_ext.inputs.targets import (
     Target,
     contrast_ids,
@@ -29,14 +30,17 @@ from captum_llm_ext.model.answer_span import (
     predicted_answer,
 )
 from captum_llm_ext.model.encoder_decoder import EncoderDecoder, decoder_start
+from captum_llm_ext.model.kinds import CAUSAL, QA, SEQ2SEQ, kind_of
 from captum_llm_ext.scoring.teacher_forcing import TeacherForcing
-
-CAUSAL, SEQ2SEQ, QA = "causal", "seq2seq", "qa"
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be scored, as it was asked for."""
+    """What is to be scored: the caller's target and how it counts.
+
+    target: a string, token ids or None to generate it; gen_args: for the generated one; contrast:
+    the target to compare with; skip_tokens: ids or strings left out of a target that is a text.
+    """
 
     target: Any = None
     gen_args: dict[str, Any] | None = None
@@ -47,35 +51,24 @@ class Request:
 
 @dataclass(frozen=True)
 class Task:
-    """A kind of model.
+    """What a kind of model does with a prompt.
 
-    forcing: from model, tokenizer, the ids (1, n_prompt) of a prompt and a request to the pass
-    that scores it, whose ids begin with those of the prompt; names: of the target's tokens;
-    perturbed: the input that perturbation asks for prompts.
+    name: "causal", "seq2seq" or "qa"; teacher_forcing: from model, tokenizer, prompt ids
+    (1, n_prompt) and request to the pass that scores it, whose row begins with the prompt's ids;
+    output_tokens: the names of the target's tokens; perturbed: the input that perturbation asks
+    for masked prompts.
     """
 
-    forcing: Callable[[nn.Module, Any, Tensor, Request], TeacherForcing]
-    names: Callable[[TeacherForcing, Any], list[str]]
-    perturbed: Callable[[InterpretableInput, Any], InterpretableInput]
+    name: str
+    teacher_forcing: Callable[[nn.Module, Any, Tensor, Request], TeacherForcing]
+    output_tokens: Callable[[TeacherForcing, Any], list[str]]
+    perturbed: Callable[[InterpretableInput, Any], InterpretableInput] = lambda inp, tokenizer: inp
 
 
 def task_of(model: nn.Module) -> Task:
-    """The kind of a model, by its configuration and the classes that it is made of."""
-    names = [type(module).__name__ for module in model.modules()]
-    return TASKS[task_name(getattr(model, "config", None), names)]
-
-
-def task_name(config: Any, class_names: Iterable[str]) -> str:
-    """ "causal", "seq2seq" or "qa"."""
-    has_encoder = getattr(config, "is_encoder_decoder", False) is True
-    if not any("ForQuestionAnswering" in name for name in class_names):
-        return SEQ2SEQ if has_encoder else CAUSAL
-    if has_encoder:
-        raise ValueError(
-            "question answering by start and end is for models of one stack (such as BERT or "
-            "RoBERTa), and this one has an encoder and a decoder: load it as a seq2seq model"
-        )
-    return QA
+    """The task of a model, by its configuration and the classes that it is made of."""
+    class_names = [type(module).__name__ for module in model.modules()]
+    return TASKS[kind_of(getattr(model, "config", None), class_names)]
 
 
 def _causal(model: nn.Module, tokenizer: Any, prompt: Tensor, request: Request) -> TeacherForcing:
@@ -86,7 +79,7 @@ def _causal(model: nn.Module, tokenizer: Any, prompt: Tensor, request: Request) 
 def _seq2seq(model: nn.Module, tokenizer: Any, prompt: Tensor, request: Request) -> TeacherForcing:
     """The prompt is the encoder's; the target follows the decoder's start token."""
     adapter = EncoderDecoder(model, prompt.size(1), decoder_start(model))
-    target = _target(model, _InTargetLanguage(tokenizer), prompt, request, n_given=1)
+    target = _target(model, _InTargetLanguage(tokenizer), prompt, request, n_start=1)
     return TeacherForcing(adapter, adapter.prompt(prompt[0])[None], target)
 
 
@@ -104,8 +97,8 @@ def _qa(model: nn.Module, tokenizer: Any, prompt: Tensor, request: Request) -> T
             return find_answer(ids, adapter.context_at, answer, tokenizer)
         return checked_positions(answer, len(ids)).to(ids.device)
 
-    given = request.target is not None
-    answer = positions(request.target) if given else predicted_answer(adapter, ids)
+    predicted = request.target is None
+    answer = predicted_answer(adapter, ids) if predicted else positions(request.target)
     contrast = None if request.contrast is None else positions(request.contrast)
     return TeacherForcing(
         adapter, prompt, Target(answer, request.attr_target, contrast, of_positions=True)
@@ -113,10 +106,10 @@ def _qa(model: nn.Module, tokenizer: Any, prompt: Tensor, request: Request) -> T
 
 
 def _target(
-    model: nn.Module, tokenizer: Any, prompt: Tensor, request: Request, n_given: int | None = None
+    model: nn.Module, tokenizer: Any, prompt: Tensor, request: Request, n_start: int | None = None
 ) -> Target:
     inputs = {"input_ids": prompt}
-    ids = target_ids(model, tokenizer, inputs, request.target, request.gen_args, n_given)
+    ids = target_ids(model, tokenizer, inputs, request.target, request.gen_args, n_start)
     if request.target is not None:
         ids = without_tokens(ids, request.skip_tokens, tokenizer)
     ids = ids.to(prompt.device, copy=True)
@@ -127,7 +120,7 @@ def _target(
 
 @dataclass(frozen=True)
 class _InTargetLanguage:
-    """A tokenizer's side of the target: some (Marian) have a vocabulary for each language."""
+    """The target's side of a tokenizer: Marian's have a vocabulary for each language."""
 
     tokenizer: Any
 
@@ -137,10 +130,10 @@ class _InTargetLanguage:
         return self.tokenizer(text_target=text, add_special_tokens=add_special_tokens)["input_ids"]
 
     def convert_tokens_to_ids(self, tokens: Sequence[str]) -> list[int | None]:
-        own = getattr(self.tokenizer, "target_encoder", None)
-        if own is None:
+        vocabulary = getattr(self.tokenizer, "target_encoder", None)
+        if vocabulary is None:
             return list(self.tokenizer.convert_tokens_to_ids(tokens))
-        return [own.get(token) for token in tokens]
+        return [vocabulary.get(token) for token in tokens]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.tokenizer, name)
@@ -155,12 +148,11 @@ def _ends(forcing: TeacherForcing, tokenizer: Any) -> list[str]:
     return [f"{end}: {token}" for end, token in zip(("start", "end"), tokens, strict=True)]
 
 
-def _as_it_is(inp: InterpretableInput, tokenizer: Any) -> InterpretableInput:
-    return inp
-
-
 TASKS: dict[str, Task] = {
-    CAUSAL: Task(_causal, _token_names, _as_it_is),
-    SEQ2SEQ: Task(_seq2seq, _token_names, _as_it_is),
-    QA: Task(_qa, _ends, places_kept),
+    task.name: task
+    for task in (
+        Task(CAUSAL, _causal, _token_names),
+        Task(SEQ2SEQ, _seq2seq, _token_names),
+        Task(QA, _qa, _ends, places_kept),
+    )
 }

@@ -16,9 +16,10 @@ from captum_llm_ext.inputs.targets import Target
 from captum_llm_ext.model.hooks import HeadInput, embedding_leaves, split_at_head
 from captum_llm_ext.model.layers import Site
 from captum_llm_ext.model.memory import counting_saved_bytes
-from captum_llm_ext.model.parts import output_head
-from captum_llm_ext.model.prefix_cache import PrefixCache, accepts
+from captum_llm_ext.model.parts import accepts
+from captum_llm_ext.model.prefix_cache import PrefixCache
 from captum_llm_ext.model.quantized import computes_in
+from captum_llm_ext.scoring.positions import Row, TargetSpan
 
 # What a pass costs besides its tokens, in tokens: every pass reads all the weights once.
 PASS_OVERHEAD = 40
@@ -28,50 +29,41 @@ TOKENS_PER_PASS_ELSEWHERE = 2048
 
 
 @dataclass(frozen=True)
-class TargetSpan:
-    """Target tokens start…stop-1, scored by one pass over the prompt and the target before them."""
-
-    start: int
-    stop: int
-
-    def __len__(self) -> int:
-        return self.stop - self.start
-
-
-@dataclass(frozen=True)
 class TeacherForcing:
-    """A model, the ids of a prompt (1, n_prompt) and a target: all that fixes the scores.
+    """A model, the ids of a prompt (1, n_prompt) and a target: all that the scores depend on.
 
-    cut: so many first tokens come from the prefix's cache; dtype: that the passes are cast to.
+    prefix: the cache that the first `n_cached` tokens of the prompt come from; dtype: what the
+    passes are cast to, None for the model's own.
     """
 
     model: nn.Module
     prompt_ids: Tensor
     target: Target
     prefix: PrefixCache | None = None
-    cut: int = 0
+    n_cached: int = 0
     dtype: torch.dtype | None = None
 
-    @property
-    def n_prompt(self) -> int:
-        return self.prompt_ids.size(1)
+    @cached_property
+    def row(self) -> Row:
+        return Row(self.prompt_ids.size(1), len(self.target.fed), self.n_cached)
 
     @cached_property
     def ids(self) -> Tensor:
-        """Prompt and target but for its last token, (1, n_prompt + n_output - 1)."""
+        """The row: prompt and target but for its last token, (1, n_prompt + n_output - 1)."""
         return torch.cat([self.prompt_ids, self.target.fed[None]], dim=1)
+
+    @property
+    def whole(self) -> TargetSpan:
+        return TargetSpan(0, len(self.target))
 
     @cached_property
     def precision(self) -> torch.dtype | None:
         """The dtype that products are computed in, where it is not the model's own."""
         return self.dtype or computes_in(self.model)
 
-    def length(self, span: TargetSpan) -> int:
-        return self.n_prompt + min(span.stop - 1, len(self.target.fed))
-
-    def fed(self, ids: Tensor, span: TargetSpan) -> Tensor:
-        """What of the ids (rows, length) the model is fed to score the span."""
-        return ids[:, self.cut : self.length(span)]
+    def fed(self, span: TargetSpan) -> Tensor:
+        """The ids (1, n_fed) that the model is fed to score the span."""
+        return self.row.fed(self.ids, span)
 
     def run(
         self,
@@ -81,31 +73,30 @@ class TeacherForcing:
         use_cache: bool = False,
         **more: Any,
     ) -> Pass:
-        """Run the model on rows of fed ids; the gradients of `sites` are to be taken, if any.
+        """Run the model on rows of fed ids (rows, n_fed), to score the span.
 
-        `more` are further arguments of the model, left out where it does not have them.
+        sites: the layers whose gradients are taken afterwards. more: further arguments of the
+        model, left out where its forward does not have them.
         """
-        # Logits over the vocabulary are dear, so only at the positions that are scored.
-        wanted = {"use_cache": use_cache, "logits_to_keep": len(span), **more}
-        options = {name: value for name, value in wanted.items() if accepts(self.model, name)}
-        if self.prefix is not None and self.cut:
-            options |= {"use_cache": True, "past_key_values": self.prefix.at(self.cut, len(ids))}
-        keep_graph = _reach_head(self.model, sites)
-        with self._cast(), split_at_head(self.model, keep_graph) as head:
+        # Logits over the vocabulary are dear, so only the scored positions get them.
+        options = {"use_cache": use_cache, "logits_to_keep": len(span), **more}
+        options = {name: value for name, value in options.items() if accepts(self.model, name)}
+        if self.prefix is not None and self.n_cached:
+            cache = self.prefix.at(self.n_cached, len(ids))
+            options |= {"use_cache": True, "past_key_values": cache}
+        cast = nullcontext()
+        if self.dtype is not None:
+            cast = torch.autocast(self.prompt_ids.device.type, self.dtype)  # type: ignore[assignment]
+        with cast, split_at_head(self.model, sites) as head:
             output = self.model(ids, **options)
         cache = getattr(output, "past_key_values", None) if use_cache else None
         logits = read_logits(output)[:, -len(span) :]
         precision = lower(logits.dtype, self.precision)
         return Pass(self.target, span, logits, head, cache, precision)
 
-    def _cast(self) -> Any:
-        if self.dtype is None:
-            return nullcontext()
-        return torch.autocast(self.prompt_ids.device.type, self.dtype)
-
     def saved_bytes(self) -> int:
         """The bytes that autograd keeps of one row's pass."""
-        ids = self.fed(self.ids, self.whole)
+        ids = self.fed(self.whole)
         with (
             counting_saved_bytes(self.model.parameters()) as count,
             embedding_leaves(self.model, ids),
@@ -113,25 +104,23 @@ class TeacherForcing:
             self.run(ids, self.whole)
             return count()
 
-    @property
-    def whole(self) -> TargetSpan:
-        return TargetSpan(0, len(self.target))
-
     @torch.no_grad()
     def probe(self, use_cache: bool = False, of_prompt: bool = False) -> Pass:
-        """Row 0: the target as it is. Row 1, if it has two tokens: the last one fed changed.
+        """Score the target as it is (row 0) and with its last fed token changed (row 1).
 
-        Two passes of one row, since not every model takes two rows. of_prompt: of a target of one
-        token, which nothing follows, ask the same of the prompt's last token.
+        These are two passes of one row, since not every model takes two rows. Nothing follows a
+        target of one token: it has row 0 alone, and with `of_prompt` the last token of the prompt
+        is changed instead.
         """
-        if of_prompt and not len(self.target.fed) and self.n_prompt > 1:
+        if of_prompt and not len(self.target.fed) and self.row.n_prompt > 1:
             return self._probe_of_prompt(use_cache)
-        span = self.whole
-        own = self.run(self.ids, span, use_cache=use_cache)
+        scored = self.run(self.ids, self.whole, use_cache=use_cache)
         if not len(self.target.fed):
-            return own
-        changed = self.run(_with_last_id_changed(self.ids), span)
-        return replace(own, logits=torch.cat([own.logits, changed.logits]))
+            return scored
+        ids = self.ids.clone()
+        ids[0, -1] += torch.where(ids[0, -1] > 0, -1, 1)
+        changed = self.run(ids, self.whole)
+        return replace(scored, logits=torch.cat([scored.logits, changed.logits]))
 
     def _probe_of_prompt(self, use_cache: bool) -> Pass:
         ids = self.prompt_ids
@@ -143,9 +132,9 @@ class TeacherForcing:
     def spans(
         self, per_token: bool, rows: int, causal: bool, divide: bool = True
     ) -> list[TargetSpan]:
-        """How to divide the target among passes.
+        """Divide the target among passes.
 
-        One pass scores all of it. Its backward from an early token still walks over the later
+        One pass scores all of it. The backward from an early token still walks over the later
         positions, so with many rows several shorter passes are cheaper. A model that is not
         causal needs one pass per token, as Captum does it.
         """
@@ -158,17 +147,15 @@ class TeacherForcing:
         return min((_even_spans(n_output, n) for n in counts), key=lambda s: self._cost(s, rows))
 
     def _cost(self, spans: list[TargetSpan], rows: int) -> int:
-        """Tokens walked over by one forward and len(span) backwards for each span."""
-        return sum(
-            ((self.length(s) - self.cut) * rows + PASS_OVERHEAD) * (1 + len(s)) for s in spans
-        )
+        """Tokens that one forward and len(span) backwards of each span walk over."""
+        return sum((self.row.n_fed(s) * rows + PASS_OVERHEAD) * (1 + len(s)) for s in spans)
 
 
 @dataclass(frozen=True)
 class Pass:
-    """What one pass gave: logits (rows, len(span), vocabulary), to score and to differentiate.
+    """One pass: its logits (rows, len(span), vocabulary), to score and to differentiate.
 
-    causal: of a probe, what is known already of the model.
+    causal: what a probe of the prompt says of the model, None for other passes.
     """
 
     target: Target
@@ -181,7 +168,7 @@ class Pass:
 
     @property
     def tolerance(self) -> float:
-        """Relative difference of scores that the precision alone explains."""
+        """The relative difference of scores that the precision alone explains."""
         return tolerance(self.precision)
 
     def token_scores(self) -> Tensor:
@@ -193,15 +180,15 @@ class Pass:
         return self.target.sequence_score(self.logits, self.span.start, self.span.stop)
 
     def agrees_with(self, other: Pass) -> bool:
-        """Whether the first rows have the same scores, but for what the dtype explains."""
-        found, truth = (
+        """Whether the first rows have the same log probabilities, up to the precision."""
+        scores, expected = (
             replace(p, target=p.target.as_log_prob()).token_scores()[0] for p in (self, other)
         )
-        allowed = self.tolerance * truth.abs().max().clamp(min=1)
-        return bool((found - truth).abs().max() <= allowed)
+        allowed = self.tolerance * expected.abs().max().clamp(min=1)
+        return bool((scores - expected).abs().max() <= allowed)
 
     def is_causal(self) -> bool:
-        """Of a probe: whether changing a later target token leaves all earlier scores alone."""
+        """Whether a probe's earlier scores stay when a later token changes."""
         if self.causal is not None:
             return self.causal
         scores = replace(self, target=self.target.as_log_prob()).token_scores()
@@ -215,7 +202,7 @@ class Pass:
     ) -> Iterator[tuple[int | None, tuple[Tensor, ...]]]:
         """(target index, gradients of its score summed over rows); index None is the sequence.
 
-        The sequence comes last, and only where it is not the sum of the tokens asked for. The
+        The sequence comes last, and only where it is not the sum of the tokens before it. The
         gradients are zero where nothing flows.
         """
         outputs = list(self._outputs(per_token))
@@ -224,22 +211,20 @@ class Pass:
             yield index, torch.autograd.grad(output, wrt, seed, retain_graph=left > 0, **options)
 
     def _outputs(self, per_token: bool) -> Iterator[tuple[int | None, Tensor, Tensor | None]]:
-        """(target index, what to differentiate, gradient that comes from above)."""
+        """(target index, the tensor to differentiate, the gradient that arrives there)."""
         if per_token:
-            yield from self._token_outputs(self.token_scores().sum(0))
+            scores = self.token_scores().sum(0)
+            output, seed = self._below_head(scores.sum())
+            for i, score in enumerate(scores):
+                index, position = self.span.start + i, i - len(scores)
+                if seed is None:
+                    yield index, score, None
+                else:
+                    of_token = torch.zeros_like(seed)
+                    of_token[:, position] = seed[:, position]
+                    yield index, output, of_token
         if not (per_token and self.target.is_additive):
             yield (None, *self._below_head(self.sequence_score().sum()))
-
-    def _token_outputs(self, scores: Tensor) -> Iterator[tuple[int, Tensor, Tensor | None]]:
-        output, seed = self._below_head(scores.sum())
-        for i, score in enumerate(scores):
-            index, place = self.span.start + i, i - len(scores)
-            if seed is None:
-                yield index, score, None
-            else:
-                own = torch.zeros_like(seed)
-                own[:, place] = seed[:, place]
-                yield index, output, own
 
     def _below_head(self, score: Tensor) -> tuple[Tensor, Tensor | None]:
         """The head's input and the score's gradient there, or the score where nothing was cut."""
@@ -248,21 +233,9 @@ class Pass:
         return self.head.below, torch.autograd.grad(score, self.head.above, retain_graph=True)[0]
 
 
-def _reach_head(model: nn.Module, sites: Sequence[Site]) -> bool:
-    """Whether a site is the output head or part of it."""
-    head = output_head(model)
-    return head is not None and any(s.module in set(head.modules()) for s in sites)
-
-
 def _even_spans(n_output: int, count: int) -> list[TargetSpan]:
     edges = [round(n_output * i / count) for i in range(count + 1)]
     return [TargetSpan(start, stop) for start, stop in pairwise(edges)]
-
-
-def _with_last_id_changed(ids: Tensor) -> Tensor:
-    changed = ids.clone()
-    changed[0, -1] += torch.where(changed[0, -1] > 0, -1, 1)
-    return changed
 
 
 def tolerance(dtype: torch.dtype) -> float:

@@ -27,8 +27,8 @@ from transformers import masking_utils
 from captum_llm_ext import LayerSaliency, LLMAttribution, LLMGradientAttribution
 from captum_llm_ext.gradients import path as path_walk
 from captum_llm_ext.gradients import wrapper as gradient
-from captum_llm_ext.inputs import Features
 from captum_llm_ext.inputs.baselines import PathStart
+from captum_llm_ext.inputs.features import Features
 from captum_llm_ext.inputs.targets import Target
 from captum_llm_ext.model import hooks
 from captum_llm_ext.model.parts import input_device

@@ -1,0 +1,155 @@
+"""Every attribution method, one row each: what it is called, what runs it, what it takes.
+
+`explain`, the command line, the wrappers' supported methods and the tables of the documentation
+read these rows. The module imports neither torch nor captum, so that a command line can list the
+methods at once. A new method is one class in its folder and one row here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
+
+GRADIENT, PERTURBATION, ATTENTION = "gradient", "perturbation", "attention"
+
+
+@dataclass(frozen=True)
+class Wrapper:
+    """A class with `attribute`, by import path, and what it is made with besides the method.
+
+    has_layers: whether layers can be chosen; sequence_only: the options of `attribute` that leave
+    out the rows per target token, which is cheaper.
+    """
+
+    path: str
+    settings: tuple[str, ...] = ("attr_target",)
+    has_layers: bool = True
+    sequence_only: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method by its name.
+
+    path: import path of its class, or of a function that makes it from the model (and layers).
+    wrapper: key of `WRAPPERS`.
+    help: one line for the command line and the documentation.
+    driver: import path of the `GradientMethod` that runs a class of Captum; None for a class that
+        runs itself.
+    settings: keywords that the class is made with.
+    fixed: settings of the wrapper that make this method.
+    renamed: names that `explain` has for options of `attribute`.
+    takes_baselines: whether something stands in the place of absent features.
+    """
+
+    path: str
+    wrapper: str
+    help: str
+    driver: str | None = None
+    settings: tuple[str, ...] = ()
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    takes_baselines: bool = True
+
+    @property
+    def wrapped_by(self) -> Wrapper:
+        return WRAPPERS[self.wrapper]
+
+
+WRAPPERS: dict[str, Wrapper] = {
+    GRADIENT: Wrapper(
+        "captum_llm_ext.gradients.wrapper:LLMGradientAttribution",
+        sequence_only={"include_per_token_attr": False},
+    ),
+    PERTURBATION: Wrapper("captum_llm_ext.perturbations.wrapper:LLMAttribution", has_layers=False),
+    ATTENTION: Wrapper(
+        "captum_llm_ext.attention.wrapper:LLMAttentionAttribution", ("heads", "reduction")
+    ),
+}
+
+_PATH_OPTIONS = {"quadrature": "method"}
+
+METHODS: dict[str, Method] = {
+    "saliency": Method(
+        "captum_llm_ext.gradients.saliency:LayerSaliency",
+        GRADIENT,
+        "norm of the gradient",
+        settings=("norm",),
+        takes_baselines=False,
+    ),
+    "ig": Method(
+        "captum_llm_ext.gradients.integrated_gradients:layer_integrated_gradients",
+        GRADIENT,
+        "integrated gradients",
+        "captum_llm_ext.gradients.integrated_gradients:IntegratedGradients",
+        renamed=_PATH_OPTIONS,
+    ),
+    "gradxact": Method(
+        "captum.attr:LayerGradientXActivation",
+        GRADIENT,
+        "gradient x activation",
+        "captum_llm_ext.gradients.gradient_x_activation:GradientXActivation",
+        takes_baselines=False,
+    ),
+    "gradshap": Method(
+        "captum.attr:LayerGradientShap",
+        GRADIENT,
+        "gradient SHAP",
+        "captum_llm_ext.gradients.gradient_shap:GradientShap",
+    ),
+    "conductance": Method(
+        "captum.attr:LayerConductance",
+        GRADIENT,
+        "conductance of layers, along the path of the embeddings",
+        "captum_llm_ext.gradients.conductance:Conductance",
+        renamed=_PATH_OPTIONS,
+    ),
+    "ablation": Method(
+        "captum.attr:FeatureAblation",
+        PERTURBATION,
+        "score without each feature",
+    ),
+    "two_stage": Method(
+        "captum_llm_ext.perturbations.two_stage:TwoStageAblation",
+        PERTURBATION,
+        "ablation in the whole prompt and in what matters of it",
+    ),
+    "shapley": Method("captum.attr:ShapleyValues", PERTURBATION, "Shapley values, exact"),
+    "shapley_sampling": Method(
+        "captum.attr:ShapleyValueSampling", PERTURBATION, "Shapley values, sampled"
+    ),
+    "lime": Method("captum.attr:Lime", PERTURBATION, "a linear surrogate near the prompt"),
+    "kernelshap": Method(
+        "captum.attr:KernelShap", PERTURBATION, "Shapley values by a linear surrogate"
+    ),
+    "attention": Method(
+        "captum_llm_ext.attention.wrapper:LLMAttentionAttribution",
+        ATTENTION,
+        "attention weights",
+        takes_baselines=False,
+    ),
+}
+
+
+def method_named(name: str) -> Method:
+    """The row of a method.
+
+    Raises:
+        ValueError: no method has this name; the message lists them.
+    """
+    if name not in METHODS:
+        raise ValueError(f"expected method to be one of {', '.join(METHODS)}; got {name!r}")
+    return METHODS[name]
+
+
+def methods_of(*wrappers: str) -> dict[str, Method]:
+    """The rows of some wrappers, by name."""
+    return {name: method for name, method in METHODS.items() if method.wrapper in wrappers}
+
+
+def load(path: str) -> Any:
+    """What an import path "package.module:name" names."""
+    module, _, name = path.partition(":")
+    return getattr(import_module(module), name)

@@ -1,0 +1,85 @@
+"""From a prompt and a request to a checked, probed pass: what wrappers do before their work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from captum_llm_ext.model.adapter import Adapter
+from captum_llm_ext.model.hooks import evaluating
+from captum_llm_ext.model.parts import accepts
+from captum_llm_ext.model.prefix_cache import PrefixCache, can_be_cut
+from captum_llm_ext.scoring.checks import check_causal, check_context, check_ids, warn_of_dropout
+from captum_llm_ext.scoring.tasks import Request, Task, task_of
+from captum_llm_ext.scoring.teacher_forcing import Pass, TeacherForcing
+
+FEWEST_REUSED = 8  # a shorter prefix costs more to keep than to compute again
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request that is ready to be scored.
+
+    output_tokens: names of the target's tokens; probe: the pass that was scored to probe the
+    model, once it is; causal: whether one pass scores all target tokens.
+    """
+
+    task: Task
+    forcing: TeacherForcing
+    output_tokens: list[str]
+    probe: Pass | None = None
+    causal: bool = True
+
+    def probed(
+        self, use_cache: bool = False, filled_up: bool = True, product: bool = True
+    ) -> Prepared:
+        """The same with the model probed: for dropout, finite scores, and causality.
+
+        use_cache: keep the probe's key/value cache, where the model has one; filled_up: whether
+        prompts will be padded or cut into a cached prefix, which takes a causal model even for a
+        target of one token; product: whether a product of probabilities must come from one pass.
+
+        Raises:
+            ValueError: scores that are not finite, or a product that needs a causal model.
+        """
+        warn_of_dropout(self.forcing)
+        model, target = self.forcing.model, self.forcing.target
+        alone = isinstance(model, Adapter) or target.of_positions
+        with evaluating(model):  # dropout would look like a model that is not causal
+            cache = use_cache and keeps_cache(model)
+            probe = self.forcing.probe(cache, of_prompt=filled_up and not alone)
+        return replace(self, probe=probe, causal=check_causal(self.forcing, probe, product))
+
+    def with_prefix(self, n_cached: int) -> Prepared:
+        """The same with the first `n_cached` tokens from the probe's cache, where that is right."""
+        if self.probe is None or not self.causal or not can_be_cut(self.probe.cache):
+            return self
+        forcing = self.forcing
+        ids, length = forcing.prompt_ids[0], forcing.row.length
+        prefix = PrefixCache(forcing.model, ids, self.probe.cache, length)
+        shorter = replace(forcing, prefix=prefix, n_cached=n_cached)
+        with torch.no_grad(), evaluating(forcing.model):
+            scored = shorter.run(shorter.fed(shorter.whole), shorter.whole)
+        return replace(self, forcing=shorter) if scored.agrees_with(self.probe) else self
+
+
+def prepare(model: nn.Module, tokenizer: Any, prompt: Tensor, request: Request) -> Prepared:
+    """The prompt (1, n_prompt) with the request's target, which the model generates if need be.
+
+    Raises:
+        ValueError: ids that are not in the vocabulary, a prompt and target that are too long, or
+            a target that has no meaning.
+    """
+    task = task_of(model)
+    forcing = task.teacher_forcing(model, tokenizer, prompt, request)
+    check_ids(forcing)
+    check_context(forcing)
+    return Prepared(task, forcing, task.output_tokens(forcing, tokenizer))
+
+
+def keeps_cache(model: nn.Module) -> bool:
+    """Whether the model's forward takes and gives a key/value cache."""
+    return accepts(model, "past_key_values") and accepts(model, "use_cache")
