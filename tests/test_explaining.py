@@ -24,7 +24,7 @@ from captum_llm_ext import (
     LLMLayerAttributionResult,
     explain,
 )
-from captum_llm_ext.explaining import METHODS, WITHOUT_BASELINES
+from captum_llm_ext.registry import METHODS
 from tests.models.families import PROMPT, TARGET, CausalToy, tiny_model, tiny_tokenizer
 
 BLOCKS = len(tiny_model("llama").model.layers)

@@ -78,7 +78,7 @@ def _kept(
     name: str, weights: Tensor, norms: Tensor | None, forcing: TeacherForcing, wanted: Wanted
 ) -> LayerAttention:
     """What is wanted of the weights (n_heads, length, length) of one layer, in float32."""
-    device, n_prompt, n_output = forcing.ids.device, forcing.n_prompt, len(forcing.target)
+    device, n_prompt, n_output = forcing.ids.device, forcing.row.n_prompt, len(forcing.target)
     chosen = chosen_heads(name, weights, wanted).to(device)
     return LayerAttention(
         name=name,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -19,14 +19,15 @@ from captum_llm_ext.compat import (
     CaptumTextTokenInput,
     InterpretableInput,
 )
-from captum_llm_ext.gradients.assemble import by_feature
 from captum_llm_ext.inputs.features import Features, read_features
+from captum_llm_ext.model.adapter import QA, SEQ2SEQ
 from captum_llm_ext.model.encoder_decoder import EncoderDecoder
-from captum_llm_ext.model.layers import LayerSpec, Site, decoder_blocks, resolve_sites
-from captum_llm_ext.model.parts import input_device
-from captum_llm_ext.results import LLMAttentionAttributionResult
-from captum_llm_ext.scoring.checks import check_context, check_ids, warn_of_dropout
-from captum_llm_ext.scoring.tasks import QA, SEQ2SEQ, TASKS, Request, task_of
+from captum_llm_ext.model.layers import LayerSpec, Site, decoder_blocks, input_device, resolve_sites
+from captum_llm_ext.results.attention import LLMAttentionAttributionResult
+from captum_llm_ext.scoring.checks import warn_of_dropout
+from captum_llm_ext.scoring.positions import Positions
+from captum_llm_ext.scoring.preparation import prepare
+from captum_llm_ext.scoring.tasks import Request, task_of
 
 AttentionLayers: TypeAlias = int | LayerSpec | Iterable[int | LayerSpec]
 CROSSING = ("mean", "max")  # reductions of the attention of a decoder to an encoder
@@ -128,14 +129,11 @@ class LLMAttentionAttribution(BaseLLMAttribution):
         Warns:
             when dropout is active.
         """
-        features = read_features(inp, self.tokenizer, input_device(self.model, self.device))
+        features = read_features(inp, self.tokenizer, input_device(self.model))
         prompt = features.prompt_ids
-        task, request = task_of(self.model), Request(target, gen_args)
-        forcing = task.forcing(self.model, self.tokenizer, prompt, request)
-        check_ids(forcing)
-        check_context(forcing)
+        prepared = prepare(self.model, self.tokenizer, prompt, Request(target, gen_args))
+        forcing = prepared.forcing
         warn_of_dropout(forcing)
-        tokens = task.names(forcing, self.tokenizer)
         wanted = Wanted(
             layers=self._chosen,
             heads=self._heads,
@@ -150,7 +148,22 @@ class LLMAttentionAttribution(BaseLLMAttribution):
         layers, log_probs = read(forcing, wanted)
         if include_generated:
             features = features.with_generated(forcing.target.ids, self.tokenizer)
-        return self._result(layers, log_probs, features, tokens, inp, prompt)
+        return self._result(layers, log_probs, features, prepared.output_tokens, inp, prompt)
+
+    @classmethod
+    def of_method(
+        cls, name: str, model: nn.Module, tokenizer: Any, layers: Any, settings: Mapping[str, Any]
+    ) -> LLMAttentionAttribution:
+        """The wrapper of a method of the registry, which needs no method of Captum's."""
+        del name
+        return cls(model, tokenizer, layers, **settings)
+
+    def method_options(self) -> set[str]:
+        """The keywords of `attribute` that belong to the method: none beside the wrapper's."""
+        return set()
+
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        """Nothing to refuse: every option of `attribute` has a meaning for every reduction."""
 
     def _result(
         self,
@@ -163,14 +176,15 @@ class LLMAttentionAttribution(BaseLLMAttribution):
     ) -> LLMAttentionAttributionResult:
         targets = torch.stack([layer.targets for layer in layers])
         prompts = [layer.prompt for layer in layers if layer.prompt is not None]
-        maps = LAYER_MAPS[self.reduction](layers, lambda values: by_feature(values, features))
+        positions = Positions(0, targets.size(-1), features)
+        maps = LAYER_MAPS[self.reduction](layers, positions.by_feature)
         names = self.tokenizer.convert_ids_to_tokens(prompt[0].tolist())
         return LLMAttentionAttributionResult(
             input_tokens=features.names,
             output_tokens=tokens,
             layer_names=[layer.name for layer in layers],
             layer_token_attr=torch.stack(maps),
-            attention=by_feature(targets, features),
+            attention=positions.by_feature(targets),
             sink_attention=(1 - targets.sum(-1)).clamp(min=0),
             reduction=self.reduction,
             heads=self._heads,
@@ -190,7 +204,7 @@ def _check_model(model: nn.Module) -> None:
             f"{type(model).__name__} gives no attention weights: expected a causal language model "
             "of transformers, whose attention can be computed with the implementation 'eager'"
         )
-    if task_of(model) is TASKS[QA]:
+    if task_of(model).name == QA:
         raise ValueError(
             f"{type(model).__name__} is not causal: expected a causal language model or an "
             "encoder-decoder model"
@@ -233,7 +247,7 @@ def _chosen_layers(
 
 def _block(model: nn.Module, index: int) -> list[Site]:
     found: Any = model
-    blocks = decoder_blocks(found.get_decoder() if task_of(model) is TASKS[SEQ2SEQ] else model)
+    blocks = decoder_blocks(found.get_decoder() if task_of(model).name == SEQ2SEQ else model)
     if isinstance(index, bool) or not -len(blocks) <= index < len(blocks):
         raise ValueError(
             f"expected the index of a decoder block in 0…{len(blocks) - 1}, got layer {index!r}"

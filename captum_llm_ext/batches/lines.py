@@ -11,7 +11,7 @@ from typing import Any
 from captum.attr import InterpretableInput
 
 from captum_llm_ext.inputs.features import prompt_ids
-from captum_llm_ext.requests import requested_input
+from captum_llm_ext.inputs.prompts import requested_input
 
 
 @dataclass(frozen=True)

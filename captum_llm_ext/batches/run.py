@@ -19,8 +19,7 @@ from captum_llm_ext.batches.output import output_format, write_output
 from captum_llm_ext.batches.processes import Process, this_process
 from captum_llm_ext.batches.records import Explainer, Warner
 from captum_llm_ext.batches.settings import batch_settings, check_settings, write_whole
-from captum_llm_ext.explaining import Layers
-from captum_llm_ext.requests import check_options
+from captum_llm_ext.explaining import Layers, check_options
 
 WORK_SUFFIX = ".batch"
 SETTINGS, REPORT, LOCK = "settings.json", "report.json", "lock"

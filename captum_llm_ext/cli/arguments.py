@@ -12,13 +12,13 @@ from typing import Any, NoReturn
 
 from captum_llm_ext.attention.maps import LAYER_MAPS
 from captum_llm_ext.compat import FIXED_RULES
-from captum_llm_ext.explaining import METHODS
-from captum_llm_ext.gradients.methods import NORMS
-from captum_llm_ext.gradients.quadrature import ADAPTIVE
+from captum_llm_ext.gradients.integrated_gradients import ADAPTIVE
+from captum_llm_ext.gradients.method import NORMS
 from captum_llm_ext.inputs.chats import CHAT_FEATURES
 from captum_llm_ext.inputs.questions import QA_FEATURES
 from captum_llm_ext.inputs.targets import PERTURBATION_TARGETS
 from captum_llm_ext.model.loading import QUANTIZATIONS
+from captum_llm_ext.registry import METHODS
 from captum_llm_ext.scoring.tasks import TASKS
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -108,10 +108,8 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
         "--method",
         choices=METHODS,
         default="saliency",
-        help="saliency: norm of the gradient; ig: integrated gradients; gradxact: gradient x "
-        "activation; gradshap: gradient SHAP; conductance: of layers, along the path of the "
-        "embeddings; attention: the attention weights; others perturb the prompt "
-        "(default: %(default)s)",
+        help="; ".join(f"{name}: {method.help}" for name, method in METHODS.items())
+        + " (default: %(default)s)",
     )
     add(
         "--layers",
@@ -184,7 +182,13 @@ def _add_path_arguments(parser: argparse.ArgumentParser) -> None:
         help="short for --quadrature adaptive",
     )
     add("--tol", type=float, metavar="X", help="of adaptive quadrature (default: 0.05)")
-    add("--max-rows", type=_positive, metavar="N", help="most points of it (default: 1000)")
+    add(
+        "--max-evaluations",
+        "--max-rows",
+        type=_positive,
+        metavar="N",
+        help="most points of it (default: 1000)",
+    )
     add(
         "--n-samples",
         "--samples",

@@ -17,10 +17,11 @@ from captum_llm_ext.cli.arguments import (
 )
 from captum_llm_ext.cli.options import explain_options, given, layers, loaded
 from captum_llm_ext.cli.outputs import add_output_arguments, show
-from captum_llm_ext.explaining import explain
+from captum_llm_ext.explaining import check_options, explain
+from captum_llm_ext.inputs.prompts import requested_input
+from captum_llm_ext.model.adapter import QA
 from captum_llm_ext.model.random_state import seeded
-from captum_llm_ext.requests import check_options, requested_input
-from captum_llm_ext.scoring.tasks import QA, TASKS, task_of
+from captum_llm_ext.scoring.tasks import task_of
 
 DESCRIPTION = "Show which words of a prompt made a language model say what it said."
 EXAMPLES = """\
@@ -77,7 +78,7 @@ def run(arguments: argparse.Namespace) -> None:
     chosen, target = layers(arguments), getattr(arguments, "target", None)
     model, tokenizer = loaded(arguments)
     check_options(model, tokenizer, arguments.method, chosen, options)
-    fields["answers"] = task_of(model) is TASKS[QA]
+    fields["answers"] = task_of(model).name == QA
     prompt = requested_input(tokenizer, by=arguments.by, roles=arguments.roles, **fields)
     options["show_progress"] = sys.stderr.isatty()
     with seeded(arguments.seed) if hasattr(arguments, "seed") else nullcontext():

@@ -9,8 +9,8 @@ import torch
 
 from captum_llm_ext.batches.processes import this_process
 from captum_llm_ext.explaining import Layers
+from captum_llm_ext.model.adapter import CAUSAL
 from captum_llm_ext.model.loading import load_demo_model, load_model
-from captum_llm_ext.scoring.tasks import CAUSAL
 
 LOAD_OPTIONS = ("task", "quantization", "dtype", "device_map")
 # Those of `explain` that are on the command line as they are, in the namespace where given.
@@ -26,7 +26,7 @@ EXPLAIN_OPTIONS = (
     "include_prompt_attention",
     "internal_batch_size",
     "layer_mode",
-    "max_rows",
+    "max_evaluations",
     "n_samples",
     "n_steps",
     "norm",

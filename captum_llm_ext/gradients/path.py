@@ -9,328 +9,252 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from captum_llm_ext.gradients.forward_mode import derivatives, is_cheaper, position_groups
-from captum_llm_ext.gradients.methods import PathRule
-from captum_llm_ext.gradients.path_facts import PathFacts, difference_floor
-from captum_llm_ext.gradients.quadrature import LEAP, NEAR_START
-from captum_llm_ext.gradients.totals import LayerTotal, Plan
-from captum_llm_ext.model.hooks import LayerState, reading, replaying, writing
+from captum_llm_ext.gradients.adaptive import NEAR_START
+from captum_llm_ext.gradients.forward_mode import ForwardMode
+from captum_llm_ext.gradients.method import DIFFERENCE, GradientMethod
+from captum_llm_ext.gradients.totals import LayerTotal, Plan, difference_floor
+from captum_llm_ext.gradients.trace import Trace
+from captum_llm_ext.model.hooks import reading, replaying, writing
 from captum_llm_ext.model.layers import Site
 from captum_llm_ext.model.memory import Halving
-from captum_llm_ext.scoring.teacher_forcing import Pass, TargetSpan, TeacherForcing, tolerance
+from captum_llm_ext.scoring.teacher_forcing import Pass, tolerance
 
 logger = logging.getLogger(__name__)
 
-# Totals of one batch, and how many of its rows each of them gets, in order.
-Shared = Sequence[tuple[Mapping[Site, LayerTotal], int]]
+LEAP = 0.01  # share of the score difference that makes it one: 100 times the mean slope
 
 
 @dataclass(frozen=True)
-class Blocks:
-    """The model's blocks, what each returned at the input, and the scores (len(span),) there."""
+class Shared:
+    """The totals that the rows of one batch belong to, and how many rows each has, in order."""
 
-    modules: list[nn.Module]
-    outputs: list[Any]
-    scores: Tensor
+    totals: Sequence[Mapping[Site, LayerTotal]]
+    counts: Sequence[int]
+
+    def split(self, *values: Tensor) -> Iterator[tuple[Any, ...]]:
+        """Each total with its rows of the values."""
+        parts = (value.split(list(self.counts)) for value in values)
+        return zip(self.totals, *parts, strict=True)
 
 
 @dataclass
-class PathWalk:
-    """The straight path of one or several layers together, at the rule's points.
+class LayerPath:
+    """The straight path of one layer, or of several together.
 
-    moved: the layers that are put at the path's points; chain: those whose gradients are taken.
+    moved: the layers that are put at the path's points; starts: their values at the baseline.
     """
 
-    forcing: TeacherForcing
-    span: TargetSpan
-    rule: PathRule
+    trace: Trace
+    method: GradientMethod
     plan: Plan
-    blocks: Blocks
-    ends: Mapping[Site, LayerState]
+    totals: Mapping[Site, LayerTotal]
     starts: Mapping[Site, Tensor]
     moved: Sequence[Site]
-
-    @property
-    def chain(self) -> Sequence[Site]:
-        return self.moved
 
     def __post_init__(self) -> None:
         self.halving = Halving(self.plan.rows)
         self.seen: dict[float, float] = {}  # path point -> sequence score there
-        self.replayed, self.at_ends = self._scored_ends()
-        # Each layer draws its noise as if it were alone.
-        self.noise = {s: torch.Generator().manual_seed(self.rule.seed) for s in self.moved}
-        self.leap = self._leap() if self.rule.is_integral else 0.0
-        self.groups = self._groups() if self._may_go_forward() else []
-        self.checked = False  # whether forward mode was found to agree with backward
+        self.replayed = min(self.trace.layers[site].blocks_before for site in self.moved)
+        self.ends = self._scored_ends()
+        self.leap = self._leap() if self.method.sums_to == DIFFERENCE else 0.0
+        self.forward_mode = ForwardMode(self) if self.plan.forward else None
 
-    def walk(self, totals: Mapping[Site, LayerTotal]) -> None:
-        """Add the attributions at the rule's points to the totals."""
-        chunks = math.ceil(len(self.rule.points) / self.plan.rows)
-        points = torch.tensor(self.rule.points).tensor_split(chunks)
-        weights = torch.tensor(self.rule.weights).tensor_split(chunks)
-        for alphas, shares in zip(points, weights, strict=True):
-            self.add_rows(alphas, shares, [totals])
-        self.count(totals, len(self.rule.points))
+    @property
+    def read(self) -> Sequence[Site]:
+        """The layers whose gradients are taken."""
+        return self.moved
 
-    def count(self, totals: Mapping[Site, LayerTotal], n_points: int) -> None:
-        """Note how many points of the path had their gradient taken."""
-        for site in self.chain:
-            facts = totals[site].facts
-            facts.n_evaluations = max(facts.n_evaluations, n_points)
+    @property
+    def target_slice(self) -> slice:
+        return slice(self.trace.span.start, self.trace.span.stop)
+
+    def add_points(self, points: Sequence[float], weights: Sequence[float]) -> None:
+        """Add the gradients at the points, with their weights."""
+        n_chunks = math.ceil(len(points) / self.plan.rows)
+        chunks = (torch.tensor(values).tensor_split(n_chunks) for values in (points, weights))
+        for part, shares in zip(*chunks, strict=True):
+            self._add_rows(part, shares, [self.totals])
+        self.record(len(points))
 
     def add_intervals(
         self,
         points: Tensor,
-        shares: Tensor,
+        weights: Tensor,
         ends: Sequence[tuple[float, float]],
         totals: Sequence[Mapping[Site, LayerTotal]],
     ) -> None:
-        """Add gradients at `points` with weights `shares`, as many to each interval's totals."""
-        self.add_rows(points, shares, totals)
+        """Add the gradients at the points of several intervals, as many to each one's totals."""
+        self._add_rows(points, weights, totals)
 
-    def add_rows(
-        self, alphas: Tensor, shares: Tensor, totals: Sequence[Mapping[Site, LayerTotal]]
+    def _add_rows(
+        self, points: Tensor, weights: Tensor, totals: Sequence[Mapping[Site, LayerTotal]]
     ) -> None:
-        """Add gradients at `alphas` with weights `shares`, as many rows to each of the totals."""
         values, factors = {}, {}
-        for site in self.chain:
-            values[site], difference = self._values(site, alphas)
-            share = _over_rows(shares, difference)
-            factors[site] = share * difference if self.rule.multiply else share
-        per_total = len(alphas) // len(totals)
+        for site in self.read:
+            difference = self.difference(site, len(points))
+            values[site] = self.starts[site].float() + _over_rows(points, difference) * difference
+            share = _over_rows(weights, difference)
+            factors[site] = share * difference if self.method.multiplies else share
+        per_total = len(points) // len(totals)
 
         def add(rows: slice) -> None:
-            own = slice(rows.start // per_total, -(-rows.stop // per_total))
-            starts = range(own.start * per_total, own.stop * per_total, per_total)
+            first, last = rows.start // per_total, -(-rows.stop // per_total)
+            starts = range(first * per_total, last * per_total, per_total)
             counts = [min(rows.stop, s + per_total) - max(rows.start, s) for s in starts]
-            parts = alphas[rows], _part(values, rows), _part(factors, rows)
-            self._add_whole(*parts, list(zip(totals[own], counts, strict=True)))
+            shared = Shared(totals[first:last], counts)
+            self._add_batch(points[rows], _part(values, rows), _part(factors, rows), shared)
 
-        self.halving(add, len(alphas))
-        self.plan.advance(len(alphas))
+        self.halving(add, len(points))
+        self.plan.advance(len(points))
 
-    def _add_whole(
+    def _add_batch(
         self,
-        alphas: Tensor,
+        points: Tensor,
         values: Mapping[Site, Tensor],
         factors: Mapping[Site, Tensor],
-        totals: Shared,
+        shared: Shared,
     ) -> None:
         """Add all of the rows' attributions or, where memory runs out on the way, none."""
-        fresh = [
-            ({site: total[site].empty() for site in self.chain}, rows) for total, rows in totals
-        ]
-        if not self._add_forward(alphas, values, factors, fresh):
-            self._add_backward(alphas, values, factors, fresh)
-        for (total, _), (new, _) in zip(totals, fresh, strict=True):
-            for site in self.chain:
+        fresh = [{site: total[site].empty() for site in self.read} for total in shared.totals]
+        parts = Shared(fresh, shared.counts)
+        forward = self.forward_mode
+        if forward is None or not forward.add(points, values, factors, parts):
+            self._add_backward(points, values, factors, parts)
+        for total, new in zip(shared.totals, fresh, strict=True):
+            for site in self.read:
                 total[site].add_total(new[site])
 
     def _add_backward(
         self,
-        alphas: Tensor,
+        points: Tensor,
         values: Mapping[Site, Tensor],
         factors: Mapping[Site, Tensor],
-        totals: Shared,
+        shared: Shared,
     ) -> None:
         """One backward pass per target token."""
-        with writing(values), reading(self.chain) as read:
-            scored = self._run(len(alphas), self.replayed, self.chain)
-        self.note(alphas, scored.sequence_score())
-        wrt = [read[site] for site in self.chain]
-        for output, gradients in scored.gradients(
-            wrt, self.plan.per_token, **self.plan.grad_kwargs
-        ):
-            for site, gradient in zip(self.chain, gradients, strict=True):
-                products = factors[site] * gradient.float()
-                for total, part in _shares(totals, products):
+        with writing(values), reading(self.read) as read:
+            scored = self.score_rows(len(points), self.read)
+        self.note(points, scored.sequence_score())
+        wrt, options = [read[site] for site in self.read], self.plan.grad_kwargs
+        for output, gradients in scored.gradients(wrt, self.plan.per_token, **options):
+            for site, gradient in zip(self.read, gradients, strict=True):
+                for total, part in shared.split(factors[site] * gradient.float()):
                     total[site].add(output, part.sum(0))
 
-    def _add_forward(
-        self,
-        alphas: Tensor,
-        values: Mapping[Site, Tensor],
-        factors: Mapping[Site, Tensor],
-        totals: Shared,
-    ) -> bool:
-        """One pass with tangents per feature, whose attribution goes to its first position.
+    def difference(self, site: Site, n_points: int) -> Tensor:
+        """The layer's value less its baseline, (n_points or 1, …)."""
+        return self.trace.layers[site].tensor.float() - self.starts[site].float()
 
-        False, and nothing is added, where that is not wanted or the model cannot do it.
-        """
-        if not self.groups:
-            return False
-        site = self.chain[0]
-
-        def run(dual: Tensor) -> Pass:
-            with writing({site: dual}):
-                return self._run(len(dual), self.replayed)
-
-        try:
-            found = [derivatives(run, values[site], factors[site], g) for g in self.groups]
-        except (NotImplementedError, RuntimeError) as error:
-            if "forward" not in str(error):
-                raise
-            return self._go_backward(error)
-        if not self.checked and not self._agrees(values, factors, found):
-            return self._go_backward("its derivatives are not those of a backward pass")
-        self.checked = True
-        for group, (tokens, sequence, scores) in zip(self.groups, found, strict=True):
-            self.note(alphas, scores)
-            for total, token_part, part in _shares(totals, tokens, sequence):
-                total[site].add_at(group[0], self.span.start, token_part.sum(0), part.sum(0))
-        return True
-
-    def _go_backward(self, reason: object) -> bool:
-        if self.plan.forward_mode:
-            raise ValueError(f"this model cannot do forward_mode=True: {reason}")
-        logger.info("no forward mode in this model (%s): going backward", reason)
-        self.groups = []
-        return False
-
-    def _agrees(
-        self,
-        values: Mapping[Site, Tensor],
-        factors: Mapping[Site, Tensor],
-        found: Sequence[tuple[Tensor, ...]],
-    ) -> bool:
-        """Whether the first row's derivatives add up to those of a backward pass: some operations
-        lose tangents without a word."""
-        site = self.chain[0]
-        with writing(_part(values, slice(0, 1))), reading(self.chain) as read:
-            scored = self._run(1, self.replayed, self.chain)
-        _, (gradient,) = next(scored.gradients([read[site]], per_token=False))
-        products = factors[site][:1] * gradient.float()
-        products = products.reshape(*products.shape[:2], -1).sum(-1)
-        forward = sum(float(sequence[0]) for _, sequence, _ in found)
-        allowed = 10 * tolerance(scored.precision) * float(products.abs().sum())
-        return abs(forward - float(products.sum())) <= allowed
-
-    def _may_go_forward(self) -> bool:
-        """Whether the attributions are sums of hidden units, of one layer, for each token."""
-        if self.plan.forward_mode is False or self.plan.column_at is None:
-            return False
-        if self.rule.is_conductance:
-            return False
-        plain = self.rule.norm == "sum" and not self.plan.keep_hidden
-        return plain and self.plan.per_token and len(self.chain) == 1
-
-    def _groups(self) -> list[Tensor]:
-        """The positions of each feature, if forward mode is wanted."""
-        site, column_at = self.chain[0], self.plan.column_at
-        if column_at is None:
-            return []
-        difference = self.ends[site].tensor - self.starts[site]
-        moved = (difference[0] != 0).flatten(1).any(1).to(column_at.device)
-        if not self.rule.multiply or self.rule.stdev:
-            moved = torch.ones_like(moved)
-        first = self.ends[site].first
-        groups = position_groups(column_at[first : first + len(moved)], moved)
-        wanted = self.plan.forward_mode or is_cheaper(len(groups), len(self.span))
-        return groups if wanted else []
+    def moves(self, site: Site) -> Tensor:
+        """(n_positions,) whether gradients count at each position of the layer."""
+        moves = (LayerPath.difference(self, site, 1)[0] != 0).flatten(1).any(1)
+        return moves if self.method.multiplies else torch.ones_like(moves)
 
     @torch.no_grad()
-    def scores(self, alphas: Tensor) -> Tensor:
-        """Scores (rows, n_checks) at the points: of the span's tokens and the sequence of them, or
-        of that alone."""
-        values = {site: self._values(site, alphas)[0] for site in self.moved}
+    def scores(self, points: Tensor) -> Tensor:
+        """Scores (n_points, n_checks): of the span's tokens and the sequence, or of that alone."""
+        values = self.values_at(points)
 
         def score(rows: slice) -> Tensor:
             with writing(_part(values, rows)):
-                scored = self._run(rows.stop - rows.start, self.replayed)
-            self.note(alphas[rows], scored.sequence_score())
-            return self.asked_scores(scored)
+                scored = self.score_rows(rows.stop - rows.start)
+            self.note(points[rows], scored.sequence_score())
+            return self.checked_scores(scored)
 
-        return torch.cat(self.halving(score, len(alphas)))
+        return torch.cat(self.halving(score, len(points)))
+
+    def values_at(self, points: Tensor) -> dict[Site, Tensor]:
+        """The values (n_points, …) of the layers that move."""
+        values = {}
+        for site in self.moved:
+            difference = self.difference(site, len(points))
+            values[site] = self.starts[site].float() + _over_rows(points, difference) * difference
+        return values
 
     def sums(self, totals: Mapping[Site, LayerTotal]) -> Tensor:
         """What ought to be the score differences, (layers or 1, n_checks)."""
-        return torch.stack([self.summed(totals[site]) for site in self.chain]).sum(0, keepdim=True)
+        sums = [totals[site].sums(self.target_slice) for site in self.read]
+        return torch.stack(sums).sum(0, keepdim=True)
 
-    def summed(self, total: LayerTotal) -> Tensor:
-        return total.sums(slice(self.span.start, self.span.stop))
-
-    def asked_scores(self, scored: Pass) -> Tensor:
+    def checked_scores(self, scored: Pass) -> Tensor:
+        """(rows, n_checks) the scores that sums are compared with."""
         sequence = scored.sequence_score()[:, None]
         return torch.cat([scored.token_scores(), sequence], 1) if self.plan.per_token else sequence
 
     @property
     def scale(self) -> Tensor:
-        """(n_checks,) what a mismatch is relative to: the difference of the sequence score; of a
-        token's probability the probability."""
-        floor = difference_floor(self.at_ends, self.forcing.target.is_additive)
-        sequence = (self.at_ends[1] - self.at_ends[0]).abs().clamp(min=floor)[-1:]
-        if self.forcing.target.is_additive:
+        """(n_checks,) the scale of a mismatch: the sequence's score difference, and for a token's
+        probability the probability."""
+        is_additive = self.trace.forcing.target.is_additive
+        floor = difference_floor(self.ends, is_additive)
+        sequence = (self.ends[1] - self.ends[0]).abs().clamp(min=floor)[-1:]
+        if is_additive:
             return sequence.expand_as(floor)
-        return torch.cat([self.at_ends.abs().amax(0)[:-1], sequence])
+        return torch.cat([self.ends.abs().amax(0)[:-1], sequence])
 
-    def _values(self, site: Site, alphas: Tensor) -> tuple[Tensor, Tensor]:
-        """The layer's values (rows, …) at the points, and their difference (rows or 1, …)."""
-        start = self.starts[site].float()
-        difference = self.ends[site].tensor.float() - start
-        if self.rule.stdev:
-            shape = (len(alphas), *difference.shape[1:])
-            noise = torch.randn(shape, generator=self.noise[site]).to(difference)
-            difference = difference + self.rule.stdev * noise
-        return start + _over_rows(alphas, difference) * difference, difference
-
-    def _run(self, rows: int, replayed: int, chain: Sequence[Site] = ()) -> Pass:
-        ids = self.forcing.fed(self.forcing.ids, self.span).expand(rows, -1)
-        state = self.blocks.outputs[replayed - 1] if replayed else None
-        with replaying(self.blocks.modules[:replayed], state, rows):
-            return self.forcing.run(ids, self.span, chain)
+    def score_rows(self, rows: int, sites: Sequence[Site] = ()) -> Pass:
+        """Run the model on so many rows; the first blocks, which do not change, are replayed."""
+        trace = self.trace
+        ids = trace.forcing.fed(trace.span).expand(rows, -1)
+        state = trace.block_outputs[self.replayed - 1] if self.replayed else None
+        with replaying(trace.blocks[: self.replayed], state, rows):
+            return trace.forcing.run(ids, trace.span, sites)
 
     @torch.no_grad()
-    def _scored_ends(self) -> tuple[int, Tensor]:
-        """How many blocks can be replayed, and the scores (2, n_checks) at the start and end.
+    def _scored_ends(self) -> Tensor:
+        """The scores (2, n_checks) at the start and end.
 
-        Replay is right where the path's end has the model's own scores, and else left out: some
-        models pass more from block to block than a block's output.
+        They say whether blocks can be replayed: some models pass more from block to block than a
+        block's output, and then the path does not end at the model's own scores.
         """
-        ends = {s: torch.cat([self.starts[s], self.ends[s].tensor]) for s in self.moved}
-        replayed = min(self.ends[site].blocks_before for site in self.moved)
+        layers = self.trace.layers
+        ends = {s: torch.cat([self.starts[s], layers[s].tensor]) for s in self.moved}
         with writing(ends):
-            scored = self._run(2, replayed)
-            if replayed and not self._is_models_own(scored):
+            scored = self.score_rows(2)
+            if self.replayed and not self._reaches_input(scored):
                 logger.info("blocks cannot be replayed in this model: running all of them")
-                replayed, scored = 0, self._run(2, 0)
+                self.replayed = 0
+                scored = self.score_rows(2)
         self.precision = scored.precision
         self.note(torch.tensor([0.0, 1.0]), scored.sequence_score())
-        return replayed, self.asked_scores(scored)
+        return self.checked_scores(scored)
 
-    def note(self, alphas: Tensor, scores: Tensor) -> None:
+    def _reaches_input(self, scored: Pass) -> bool:
+        """Whether the path's end has the scores of the model at the input itself."""
+        scores, expected = scored.token_scores()[1], self.trace.scores
+        relative = 1e-3 if scored.precision in (torch.float32, torch.float64) else 5e-2
+        allowed = relative * expected.abs().clamp(min=1)
+        return bool(((scores - expected).abs() <= allowed).all())
+
+    def note(self, points: Tensor, scores: Tensor) -> None:
         """Keep the sequence scores (rows,) at the points, for the picture of the path."""
-        self.seen.update(zip(alphas.tolist(), scores.detach().tolist(), strict=True))
+        self.seen.update(zip(points.tolist(), scores.detach().tolist(), strict=True))
+
+    def record(self, n_points: int, converged: bool | None = None) -> None:
+        """Note on the totals how many gradients were taken, and whether they sufficed."""
+        for site in self.read:
+            record = self.totals[site].record
+            record.n_evaluations = max(record.n_evaluations, n_points)
+            if converged is not None:
+                record.converged = converged and record.converged is not False
+
+    def finish(self) -> None:
+        """Note the scores on the totals, of layers that a joint path does not move too."""
+        for site in self.totals if self.plan.joint else self.read:
+            record = self.totals[site].record
+            record.add(self.ends, self.seen, self.leap, self.target_slice)
 
     def _leap(self) -> float:
         """The share of the score difference that falls next to the start, or 0."""
-        (start, end), near = self.at_ends[:, -1].tolist(), self.scores(torch.tensor([NEAR_START]))
+        (start, end), near = self.ends[:, -1].tolist(), self.scores(torch.tensor([NEAR_START]))
         leap, largest = abs(float(near[0, -1]) - start), max(abs(start), abs(end))
-        floor = largest if self.forcing.target.attr_target == "prob" else max(1.0, largest)
+        is_probability = self.trace.forcing.target.attr_target == "prob"
+        floor = largest if is_probability else max(1.0, largest)
         noise = tolerance(self.precision) * floor
         share = leap / max(abs(end - start), noise, torch.finfo(torch.float32).tiny)
         return share if leap > noise and share > LEAP else 0.0
-
-    def _is_models_own(self, scored: Pass) -> bool:
-        scores = scored.token_scores()[1]
-        relative = 1e-3 if scored.precision in (torch.float32, torch.float64) else 5e-2
-        allowed = relative * self.blocks.scores.abs().clamp(min=1)
-        return bool(((scores - self.blocks.scores).abs() <= allowed).all())
-
-    def add_facts(self, facts: PathFacts) -> None:
-        """Add what is known of the path, of a layer on it."""
-        facts.add_ends(self.at_ends, self.span.start, self.span.stop)
-        facts.add_scores(self.seen)
-        facts.leap = max(facts.leap, self.leap)
-
-
-def _shares(totals: Shared, *values: Tensor) -> Iterator[tuple[Any, ...]]:
-    """Each total with its rows of the values."""
-    counts = [rows for _, rows in totals]
-    owners = [total for total, _ in totals]
-    return zip(owners, *(value.split(counts) for value in values), strict=True)
 
 
 def _part(values: Mapping[Site, Tensor], rows: slice) -> dict[Site, Tensor]:

@@ -1,4 +1,4 @@
-"""`LLMGradientAttribution`: reads what is asked for, differentiates, and makes the result."""
+"""`LLMGradientAttribution`: prepares the request, runs the method, and makes the result."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from captum.attr import LayerConductance
-from torch import Tensor
+from torch import Tensor, nn
 
 from captum_llm_ext.compat import (
     CaptumLLMGradientAttribution,
@@ -19,52 +18,37 @@ from captum_llm_ext.compat import (
     GradientAttribution,
     InterpretableInput,
 )
-from captum_llm_ext.gradients.assemble import (
-    check_totals,
-    layer_columns,
-    layered_result,
-    single_result,
-    warn_of_leaps,
-    warn_of_zeros,
-    warn_unless_converged,
+from captum_llm_ext.gradients.method import (
+    GradientMethod,
+    SupportedMethods,
+    driver_of,
+    gradient_method,
 )
-from captum_llm_ext.gradients.differentiate import (
-    holds_whole_state,
-    is_conductance,
-)
-from captum_llm_ext.gradients.forward_mode import is_cheaper
-from captum_llm_ext.gradients.job import Job, check_choices, draws, forward_mode_of, rows_per_pass
-from captum_llm_ext.gradients.methods import RULES, PathRule, Rule, check_baselines, read_rule
-from captum_llm_ext.gradients.totals import LayerTotal, Plan
+from captum_llm_ext.gradients.run import mean_over_runs, rows_per_pass
+from captum_llm_ext.gradients.to_result import check_totals, to_result
+from captum_llm_ext.gradients.totals import Plan
 from captum_llm_ext.inputs.baselines import (
     BaselineSpec,
     PathStart,
+    attributed_with,
     each_baseline,
     path_start,
     template_start,
 )
 from captum_llm_ext.inputs.features import Features, baseline_tokens, read_features
 from captum_llm_ext.inputs.targets import GRADIENT_TARGETS, check_attr_target
-from captum_llm_ext.inputs.tokens import attributed_with
-from captum_llm_ext.model.adapter import sites_in
-from captum_llm_ext.model.encoder_decoder import check_start
-from captum_llm_ext.model.hooks import evaluating, frozen_parameters, without_checkpointing
-from captum_llm_ext.model.layers import Site, resolve_sites
-from captum_llm_ext.model.parts import input_device
-from captum_llm_ext.model.prefix_cache import FEWEST_REUSED, PrefixCache, can_be_cut, keeps_cache
+from captum_llm_ext.model.adapter import layout_of
+from captum_llm_ext.model.hooks import frozen_parameters, without_checkpointing
+from captum_llm_ext.model.layers import input_device, resolve_sites
 from captum_llm_ext.model.quantized import dequantized_products, quietly
-from captum_llm_ext.results import LLMAttributionResult
-from captum_llm_ext.scoring.checks import (
-    check_causal,
-    check_context,
-    check_gradients,
-    check_ids,
-    probed,
-    warn_of_dropout,
-    warn_of_low_precision,
-)
-from captum_llm_ext.scoring.tasks import Request, task_of
-from captum_llm_ext.scoring.teacher_forcing import Pass, TeacherForcing
+from captum_llm_ext.registry import load, method_named
+from captum_llm_ext.results.single import LLMAttributionResult
+from captum_llm_ext.scoring.checks import check_counts, check_gradients, warn_of_low_precision
+from captum_llm_ext.scoring.preparation import prepare
+from captum_llm_ext.scoring.tasks import Request
+from captum_llm_ext.scoring.teacher_forcing import TeacherForcing
+
+LAYER_MODES = ("independent", "joint")
 
 
 class LLMGradientAttribution(CaptumLLMGradientAttribution):
@@ -97,7 +81,7 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
         torch.Size([1, 5])
     """
 
-    SUPPORTED_METHODS = tuple(RULES)
+    SUPPORTED_METHODS = SupportedMethods()
     SUPPORTED_INPUTS = (CaptumTextTokenInput, CaptumTextTemplateInput)
 
     def __init__(
@@ -108,7 +92,8 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
             raise ValueError(f"expected one of {names}; got {type(attr_method).__name__}")
         super().__init__(copy(attr_method), tokenizer)
         self.attr_target = check_attr_target(attr_target, GRADIENT_TARGETS)
-        # Found now, so that a layer that is not in the model is an error where it was written.
+        self._driver = driver_of(attr_method)
+        # Resolved now, so that a layer that is not in the model is an error where it was written.
         self._sites, self._several = resolve_sites(self.model, attr_method.layer)  # type: ignore[attr-defined]
 
     def attribute(
@@ -179,9 +164,8 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
                 less exact. Default: the model's own. Scores and sums are float32 in any case.
             reuse_prefix: run what precedes all features once, and take it from the key/value cache
                 in every other pass.
-            forward_mode: True takes one directional derivative per feature instead of one backward
-                pass per target token, False never does; None, the default, where it is cheaper.
-                Of the methods with a path, for each token, of layers that are not joint.
+            forward_mode: accepted; the package takes one derivative per feature instead of one
+                backward pass per target token where that is cheaper, with the same attributions.
             return_convergence_delta: accepted for Captum's sake; the delta is on the result.
             attribute_to_layer_input: attribute to the layers' input instead of their output.
             grad_kwargs: further arguments of ``torch.autograd.grad``.
@@ -211,91 +195,95 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
         """
         if isinstance(baselines, list) and not baselines:
             raise ValueError("baselines must hold at least one baseline, got an empty list")
-        check_choices(layer_mode, num_trials, internal_batch_size, grad_kwargs, dtype)
+        _check_choices(layer_mode, num_trials, internal_batch_size, grad_kwargs, dtype)
+        request = Request(target, gen_args, contrast_target, self.attr_target, skip_tokens)
         with _differentiable(self.model):
-            rule = read_rule(self.attr_method, method_options)
-            check_baselines(rule, baselines, type(self.attr_method).__name__)
-            if layer_mode == "joint" and is_conductance(rule):
-                raise ValueError("LayerConductance reads its layers: layer_mode='joint' moves them")
-            request = Request(target, gen_args, contrast_target, self.attr_target, skip_tokens)
-            forcing, features, tokens = self._asked(inp, request)
-            forcing = replace(forcing, dtype=dtype)
+            method = gradient_method(self._driver, self.attr_method, method_options)
+            _check_method(method, baselines, layer_mode, type(self.attr_method).__name__)
+            features = read_features(inp, self.tokenizer, input_device(self.model))
+            prepared = prepare(self.model, self.tokenizer, features.prompt_ids, request)
         # The target is generated above by the model as it is, and differentiated here.
         with _differentiable(self.model), dequantized_products(self.model):
-            warn_of_dropout(forcing)
-            check_gradients(forcing)
+            features = features.of_prompt(prepared.forcing.prompt_ids)
             if include_generated:
-                features = features.with_generated(forcing.target.ids, self.tokenizer)
-            forcing, probe, causal = self._probed(forcing, features, reuse_prefix)
-            joint = layer_mode == "joint" and len(self._sites) > 1
-            possible = include_per_token_attr and not (include_hidden_attr or joint)
-            cheap = is_cheaper(features.n_columns, len(forcing.target))
+                features = features.with_generated(prepared.forcing.target.ids, self.tokenizer)
+            forcing = replace(prepared.forcing, dtype=dtype)
+            check_gradients(forcing)
+            prepared = replace(prepared, forcing=forcing).probed_for(features, reuse_prefix)
+            forcing = prepared.forcing
             plan = Plan(
                 per_token=include_per_token_attr,
                 joint=layer_mode == "joint",
                 keep_hidden=include_hidden_attr,
-                rows=internal_batch_size or rows_per_pass(forcing, rule),
-                causal=causal,
-                column_at=features.column_at(forcing.ids.size(1))[forcing.cut :],
-                forward_mode=forward_mode_of(forward_mode, rule, possible, cheap),
+                rows=internal_batch_size or rows_per_pass(forcing, method),
+                causal=prepared.causal,
                 grad_kwargs=grad_kwargs or {},
             )
-            found = sites_in(forcing.model, self._sites)
-            sites = [replace(site, at_input=attribute_to_layer_input) for site in found]
-            if isinstance(rule, PathRule):
-                warn_of_low_precision(forcing, probe, sites)
-            trials = num_trials if isinstance(rule, PathRule) and draws(rule, inp) else 1
+            sites = [
+                replace(layout_of(forcing.model).site(site), at_input=attribute_to_layer_input)
+                for site in self._sites
+            ]
+            if method.has_path:
+                warn_of_low_precision(forcing, prepared.precision, sites)
             starts = [
-                self._path_start(rule, baseline, inp, features, forcing)
-                for _ in range(trials)
+                self._path_start(baseline, inp, features, forcing) if method.has_path else None
+                for _ in range(num_trials if _draws(method, inp) else 1)
                 for baseline in each_baseline(baselines, inp)
             ]
-            more = [read_rule(self.attr_method, method_options) for _ in starts[1:]]
-            job = Job(forcing, sites, plan)
-            totals = job.run([rule, *more], starts, show_progress)
-            known = attributed_with(inp, baselines)
-            return self._result(job, totals, features, tokens, known, layer_mode)
+            others = (
+                gradient_method(self._driver, self.attr_method, method_options) for _ in starts[1:]
+            )
+            totals = mean_over_runs(
+                forcing, [method, *others], sites, features, starts, plan, show_progress
+            )
+            checked = method.checked(totals, forcing.model)
+            check_totals(totals, checked, plan.joint, prepared.output_tokens)
+            return to_result(
+                {site: totals[site] for site in sites},
+                self._several,
+                layer_mode,
+                include_hidden_attr,
+                prepared.output_tokens,
+                attributed_with(inp, baselines),
+            )
 
-    def _asked(
-        self, inp: InterpretableInput, request: Request
-    ) -> tuple[TeacherForcing, Features, list[str]]:
-        """Prompt and target, the features in it, and the names of the target's tokens."""
-        device = input_device(self.model, self.device)
-        features = read_features(inp, self.tokenizer, device)
-        task = task_of(self.model)
-        forcing = task.forcing(self.model, self.tokenizer, features.prompt_ids, request)
-        check_ids(forcing)
-        check_context(forcing)
-        tokens = task.names(forcing, self.tokenizer)
-        return forcing, features.of_prompt(forcing.prompt_ids), tokens
+    @classmethod
+    def of_method(
+        cls, name: str, model: nn.Module, tokenizer: Any, layers: Any, settings: Mapping[str, Any]
+    ) -> LLMGradientAttribution:
+        """The wrapper of a method of the registry; its layers are the input embeddings if None."""
+        method = method_named(name)
+        layers = _input_embeddings(model) if layers is None else layers
+        made_with = {key: settings[key] for key in method.settings if key in settings}
+        others = {key: value for key, value in settings.items() if key not in made_with}
+        return cls(load(method.path)(model, layers, **made_with), tokenizer, **others)
 
-    def _probed(
-        self, forcing: TeacherForcing, features: Features, reuse_prefix: bool
-    ) -> tuple[TeacherForcing, Pass, bool]:
-        """The pass with what precedes all features cached, its probe, and whether it is causal."""
-        cut = features.first if reuse_prefix and keeps_cache(forcing.model) else 0
-        reused = cut >= FEWEST_REUSED
-        probe = probed(forcing, use_cache=reused, filled_up=reused)
-        causal = check_causal(forcing, probe)
-        if not causal or not can_be_cut(probe.cache):
-            return forcing, probe, causal
-        cache = PrefixCache(self.model, forcing.prompt_ids[0], probe.cache, forcing.ids.size(1))
-        shorter = replace(forcing, prefix=cache, cut=cut)
-        with torch.no_grad(), evaluating(self.model):
-            found = shorter.run(shorter.fed(shorter.ids, shorter.whole), shorter.whole)
-        return (shorter if found.agrees_with(probe) else forcing), probe, True
+    def method_options(self) -> set[str]:
+        """The keywords of `attribute` that belong to the method."""
+        return set(self._driver.options)
+
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        """Refuse options of the method, and baselines, that have no meaning.
+
+        Raises:
+            ValueError, TypeError: as `attribute` does.
+        """
+        method = gradient_method(
+            self.attr_method, {n: v for n, v in options.items() if n in self.method_options()}
+        )
+        _check_method(
+            method, options.get("baselines"), "independent", type(self.attr_method).__name__
+        )
 
     def _path_start(
         self,
-        rule: Rule,
         baselines: BaselineSpec,
         inp: InterpretableInput,
         features: Features,
         forcing: TeacherForcing,
-    ) -> PathStart | None:
-        if not isinstance(rule, PathRule):
-            return None
-        ids, length = forcing.ids, forcing.ids.size(1)
+    ) -> PathStart:
+        """Where the path starts, from the baseline of a token input or of each template value."""
+        ids, length = forcing.ids, forcing.row.length
         if not isinstance(inp, CaptumTextTemplateInput):
             replaced = features.column_at(length) >= 0
             start = path_start(baselines, inp, ids, replaced, self.model)
@@ -304,38 +292,54 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
             values = baseline_tokens(inp, self.tokenizer)
             value_at = features.value_at(length)
             start = template_start(neutral, values, value_at, ids, self.tokenizer, self.model)
-        check_start(forcing.model, start)
+        if start.embeddings is not None:
+            layout_of(forcing.model).check_embedding_baseline(start.replaced)
         return start
 
-    def _result(
-        self,
-        job: Job,
-        totals: Mapping[Site, LayerTotal],
-        features: Features,
-        tokens: list[str],
-        inp: InterpretableInput,
-        layer_mode: str,
-    ) -> LLMAttributionResult:
-        plan, model = job.plan, job.forcing.model
-        columns = {
-            site: layer_columns(total, features, plan.per_token, plan.keep_hidden)
-            for site, total in totals.items()
-        }
-        by_site = {site: columns[site] for site in job.sites}
-        checked = list(by_site.values())
-        if isinstance(self.attr_method, LayerConductance):
-            checked = [x for site, x in columns.items() if holds_whole_state(site, model)]
-        check_totals(totals)
-        warn_of_zeros(totals)
-        warn_of_leaps(checked)
-        warn_unless_converged(checked, plan.joint, tokens)
-        if self._several:
-            return layered_result(by_site, layer_mode, features, tokens, inp)
-        return single_result(next(iter(by_site.values())), features, tokens, inp)
+
+def _check_choices(
+    layer_mode: str,
+    num_trials: int,
+    internal_batch_size: int | None,
+    grad_kwargs: Mapping[str, Any] | None,
+    dtype: torch.dtype | None,
+) -> None:
+    if dtype not in (None, torch.bfloat16, torch.float16):
+        raise ValueError(f"dtype must be torch.bfloat16, torch.float16 or None, got {dtype!r}")
+    reserved = {"retain_graph", "grad_outputs", "outputs", "inputs"} & set(grad_kwargs or {})
+    if reserved:
+        raise ValueError(f"grad_kwargs cannot set {', '.join(sorted(reserved))}")
+    if layer_mode not in LAYER_MODES:
+        raise ValueError(f"layer_mode must be one of {', '.join(LAYER_MODES)}; got {layer_mode!r}")
+    check_counts(num_trials=num_trials, internal_batch_size=internal_batch_size)
+
+
+def _check_method(method: GradientMethod, baselines: Any, layer_mode: str, name: str) -> None:
+    """Refuse a baseline where no path could start at it, and layers that cannot move jointly."""
+    if baselines is not None and not method.has_path:
+        raise ValueError(f"baselines mean nothing to {name}, which has no path")
+    if layer_mode == "joint" and not method.moves_layers:
+        raise ValueError(f"{name} reads its layers: layer_mode='joint' moves them")
+
+
+def _draws(method: GradientMethod, inp: InterpretableInput) -> bool:
+    """Whether another trial would give another result."""
+    return method.has_path and (method.is_random or callable(getattr(inp, "baselines", None)))
+
+
+def _input_embeddings(model: nn.Module) -> nn.Module:
+    getter = getattr(model, "get_input_embeddings", None)
+    embeddings = getter() if callable(getter) else None
+    if not isinstance(embeddings, nn.Module):
+        raise ValueError(
+            f"cannot tell which layer of {type(model).__name__} holds the input embeddings: name "
+            'it with layers, for example layers="embed_tokens"'
+        )
+    return embeddings
 
 
 @contextmanager
-def _differentiable(model: torch.nn.Module) -> Iterator[None]:
+def _differentiable(model: nn.Module) -> Iterator[None]:
     """Gradients of activations and not of weights, whatever mode the caller is in."""
     with (
         torch.inference_mode(False),

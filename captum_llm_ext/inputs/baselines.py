@@ -7,6 +7,7 @@ case in `baseline_ids`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any
@@ -15,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from captum_llm_ext.compat import InterpretableInput
-from captum_llm_ext.model.parts import embedded, known_token_embedding, token_embedding
+from captum_llm_ext.compat import CaptumTextTokenInput, InterpretableInput
+from captum_llm_ext.model.layers import embedded, known_token_embedding, token_embedding
 
 SPECIAL_BASELINES = ("pad", "eos", "unk")
 NEAREST = "nearest"
@@ -235,6 +236,17 @@ def each_baseline(
     """The baselines to average over: those given, or those that the input was attributed with."""
     given = getattr(inp, "named_baseline", None) if baselines is None else baselines
     return given if isinstance(given, list) else [given]
+
+
+def attributed_with(
+    inp: InterpretableInput, baselines: BaselineSpec | list[BaselineSpec]
+) -> InterpretableInput:
+    """The input of a result, which knows the baselines that it was attributed with."""
+    if baselines is None or not isinstance(inp, CaptumTextTokenInput):
+        return inp
+    attributed: Any = copy(inp)
+    attributed.named_baseline = baselines
+    return attributed
 
 
 def _shown(baselines: Any) -> str:

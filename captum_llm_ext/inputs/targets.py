@@ -41,12 +41,6 @@ class Target:
         return self.ids[:0] if self.of_positions else self.ids[:-1]
 
     @property
-    def vocabulary_ids(self) -> list[Tensor]:
-        """The ids that must be in the model's vocabulary."""
-        ids = [] if self.of_positions else [self.ids, self.contrast]
-        return [one for one in ids if one is not None]
-
-    @property
     def is_additive(self) -> bool:
         """Whether the sequence score is the sum of the token scores."""
         return self.attr_target != "prob"
@@ -57,30 +51,33 @@ class Target:
 
     def token_scores(self, logits: Tensor, start: int, stop: int) -> Tensor:
         """Scores (rows, stop - start) of target tokens start…stop-1 from their logits."""
-        values = self._values(logits, self.ids[start:stop])
+        scores = self._scores(logits, self.ids[start:stop])
         if self.contrast is None:
-            return self._unit(values)
-        return self._unit(values) - self._unit(self._values(logits, self.contrast[start:stop]))
+            return scores
+        return scores - self._scores(logits, self.contrast[start:stop])
 
     def sequence_score(self, logits: Tensor, start: int, stop: int) -> Tensor:
         """Score (rows,) of the target tokens start…stop-1 together."""
         if self.is_additive:
             return self.token_scores(logits, start, stop).sum(1)
-        score = self._values(logits, self.ids[start:stop]).sum(1).exp()
+        score = self._scores(logits, self.ids[start:stop], sequence=True)
         if self.contrast is None:
             return score
-        return score - self._values(logits, self.contrast[start:stop]).sum(1).exp()
+        return score - self._scores(logits, self.contrast[start:stop], sequence=True)
 
-    def _values(self, logits: Tensor, ids: Tensor) -> Tensor:
+    def _scores(self, logits: Tensor, ids: Tensor, sequence: bool = False) -> Tensor:
+        """Scores (rows, n) of ids (n,), or (rows,) of the product of their probabilities."""
         logits = logits.float()
         index = ids.to(logits.device).expand(logits.size(0), -1).unsqueeze(-1)
         chosen = logits.gather(-1, index).squeeze(-1)
+        if self.attr_target == "logit":
+            return chosen
         if self.attr_target == "rank":
             return -(logits > chosen.unsqueeze(-1)).sum(-1).float()
-        return chosen if self.attr_target == "logit" else chosen - logits.logsumexp(-1)
-
-    def _unit(self, values: Tensor) -> Tensor:
-        return values.exp() if self.attr_target == "prob" else values
+        log_probs = chosen - logits.logsumexp(-1)
+        if self.attr_target == "log_prob":
+            return log_probs
+        return (log_probs.sum(1) if sequence else log_probs).exp()
 
 
 def check_attr_target(attr_target: str, supported: Sequence[str]) -> str:
@@ -90,31 +87,44 @@ def check_attr_target(attr_target: str, supported: Sequence[str]) -> str:
     return attr_target
 
 
-def target_ids(
+def generated_ids(
     model: nn.Module,
-    tokenizer: Any,
-    model_inputs: Mapping[str, Any],
-    target: str | Tensor | Sequence[int] | None,
+    prompt: Tensor,
     gen_args: Mapping[str, Any] | None,
     n_start: int | None = None,
 ) -> Tensor:
-    """The token ids (n_output,) of the target, which the model generates where it is None.
+    """The token ids (n_output,) that the model generates after a prompt (1, n_prompt).
 
     n_start: how many ids `generate` returns before the generated ones; default: the prompt's.
     """
-    if target is None:
-        generated = _generate(model, model_inputs, gen_args, n_start)
-        return _checked(generated, "the model generated no token")
-    if gen_args is not None:
-        raise ValueError("gen_args is only for a generated target; got gen_args and a target")
-    return encode_target(tokenizer, target)
+    generate = getattr(model, "generate", None)
+    if not callable(generate):
+        raise ValueError(
+            f"no target was given and {type(model).__name__} has no generate(): pass target="
+        )
+    with torch.no_grad():
+        output = generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            **(gen_args or DEFAULT_GEN_ARGS),
+        )
+    sequences = output if isinstance(output, Tensor) else output.sequences
+    generated: Tensor = sequences[0, prompt.size(1) if n_start is None else n_start :]
+    if not len(generated):
+        raise ValueError("the model generated no token: the target must have at least one token")
+    return generated
 
 
 def encode_target(tokenizer: Any, target: str | Tensor | Sequence[int]) -> Tensor:
     """Token ids (n_output,) of a string (without special tokens), a tensor or a list of ids."""
     if isinstance(target, str):
         ids = torch.tensor(tokenizer.encode(target, add_special_tokens=False), dtype=torch.long)
-        return _checked(ids, f"the target {target!r} encodes to no token")
+        if not len(ids):
+            raise ValueError(
+                f"the target {target!r} encodes to no token: the target must have at least one "
+                "token"
+            )
+        return ids
     if not isinstance(target, Tensor | list | tuple):
         raise TypeError(f"target must be a str, a 1-D tensor of ids or None, got {type(target)}")
     if not isinstance(target, Tensor) and not all(isinstance(i, int) for i in target):
@@ -124,25 +134,26 @@ def encode_target(tokenizer: Any, target: str | Tensor | Sequence[int]) -> Tenso
         raise ValueError(
             f"target must be a 1-D tensor of token ids, got shape {tuple(ids.shape)} of {ids.dtype}"
         )
-    return _checked(ids.long(), "the target is empty")
+    if not len(ids):
+        raise ValueError("the target is empty: the target must have at least one token")
+    return ids.long()
 
 
 def without_tokens(
-    ids: Tensor, skip_tokens: Sequence[int] | Sequence[str] | None, tokenizer: Any
+    ids: Tensor, skip_tokens: Sequence[int] | Sequence[str], tokenizer: Any
 ) -> Tensor:
     """The ids (n_output,) of a target without some tokens: `skip_tokens`, ids or strings."""
-    if not skip_tokens:
-        return ids
     skipped = torch.tensor(token_ids(skip_tokens, tokenizer), device=ids.device)
-    return _checked(ids[~torch.isin(ids, skipped)], "all tokens of the target are skipped")
+    left = ids[~torch.isin(ids, skipped)]
+    if not len(left):
+        raise ValueError(
+            "all tokens of the target are skipped: the target must have at least one token"
+        )
+    return left
 
 
-def contrast_ids(
-    tokenizer: Any, contrast: str | Tensor | Sequence[int] | None, n_output: int
-) -> Tensor | None:
+def contrast_ids(tokenizer: Any, contrast: str | Tensor | Sequence[int], n_output: int) -> Tensor:
     """Token ids (n_output,) of a contrast target of as many tokens as the target, or of one."""
-    if contrast is None:
-        return None
     ids = encode_target(tokenizer, contrast)
     if len(ids) not in (1, n_output):
         raise ValueError(
@@ -169,28 +180,3 @@ def captums_labels(ids: Tensor, tokenizer: Any) -> list[str]:
             return list(_convert_ids_to_pretty_tokens(ids.cpu(), tokenizer))
     except Exception:  # Captum re-encodes the decoded text, and some tokenizers cannot
         return [str(token) for token in tokenizer.convert_ids_to_tokens(ids.tolist())]
-
-
-def _generate(
-    model: nn.Module,
-    model_inputs: Mapping[str, Any],
-    gen_args: Mapping[str, Any] | None,
-    n_start: int | None,
-) -> Tensor:
-    generate = getattr(model, "generate", None)
-    if not callable(generate):
-        raise ValueError(
-            f"no target was given and {type(model).__name__} has no generate(): pass target="
-        )
-    ids = model_inputs["input_ids"]
-    mask = {"attention_mask": torch.ones_like(ids), **model_inputs}
-    with torch.no_grad():
-        output = generate(**mask, **(gen_args or DEFAULT_GEN_ARGS))
-    sequences = output if isinstance(output, Tensor) else output.sequences
-    return sequences[0, ids.size(1) if n_start is None else n_start :]
-
-
-def _checked(ids: Tensor, problem: str) -> Tensor:
-    if ids.numel() == 0:
-        raise ValueError(f"{problem}: the target must have at least one token")
-    return ids

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import copy
 from numbers import Integral
 from typing import Any
 
@@ -135,14 +134,3 @@ def with_baselines(
     replaced.baseline_ids = absent[features][None]
     replaced.named_baseline = baselines
     return replaced
-
-
-def attributed_with(
-    inp: InterpretableInput, baselines: BaselineSpec | list[BaselineSpec]
-) -> InterpretableInput:
-    """The input of a result, which knows the baselines that it was attributed with."""
-    if baselines is None or not isinstance(inp, CaptumTextTokenInput):
-        return inp
-    known: Any = copy(inp)
-    known.named_baseline = baselines
-    return known

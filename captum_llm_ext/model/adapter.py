@@ -1,17 +1,35 @@
-"""A model of another kind, run as a causal one: rows of ids in, logits out."""
+"""The kinds of model, and an adapter that runs another kind as a causal one: ids in, logits out."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from captum_llm_ext.model.layers import Site, decoder_blocks
-from captum_llm_ext.model.parts import named_by_model
+from captum_llm_ext.model.layers import Site, decoder_blocks, named_by_model
+
+CAUSAL, SEQ2SEQ, QA = "causal", "seq2seq", "qa"
 
 Part = tuple[int, int]
+
+
+def kind_of(config: Any, class_names: Iterable[str]) -> str:
+    """The kind of a model, by its configuration and the names of the classes that it is made of.
+
+    Raises:
+        ValueError: a question answering model with an encoder and a decoder.
+    """
+    has_encoder = getattr(config, "is_encoder_decoder", False) is True
+    if not any("ForQuestionAnswering" in name for name in class_names):
+        return SEQ2SEQ if has_encoder else CAUSAL
+    if has_encoder:
+        raise ValueError(
+            "question answering by start and end is for models of one stack (such as BERT or "
+            "RoBERTa), and this one has an encoder and a decoder: load it as a seq2seq model"
+        )
+    return QA
 
 
 class Layout:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_llm_ext.model.adapter import Adapter
-from captum_llm_ext.model.parts import accepts
+from captum_llm_ext.model.layers import accepts
 
 
 class AnswerSpan(Adapter):

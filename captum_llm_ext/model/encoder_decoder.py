@@ -18,8 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from captum_llm_ext.model.adapter import Adapter, Part
 from captum_llm_ext.model.hooks import is_ids
-from captum_llm_ext.model.layers import Site
-from captum_llm_ext.model.parts import token_embedding
+from captum_llm_ext.model.layers import Site, token_embedding
 
 
 class EncoderDecoder(Adapter):

@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import copy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from captum_llm_ext.model.layers import Site
-from captum_llm_ext.model.parts import named_by_model, output_head
+from captum_llm_ext.model.layers import Site, named_by_model, output_head
 
 Change = Callable[[Tensor], Tensor]
 
@@ -21,7 +21,7 @@ Change = Callable[[Tensor], Tensor]
 @contextmanager
 def frozen_parameters(model: nn.Module) -> Iterator[None]:
     """No gradients for weights: they cost time and memory, and attribution does not use them."""
-    # By name, since offloading puts another object in a parameter's place as a layer runs.
+    # By name, since offloading replaces the parameter of a layer as it runs.
     trainable = [
         (module, name)
         for module in model.modules()
@@ -40,13 +40,13 @@ def frozen_parameters(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def without_checkpointing(model: nn.Module) -> Iterator[None]:
     """No gradient checkpointing: inside it hooks see no gradients."""
-    found = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False) is True]
+    modules = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False) is True]
     try:
-        for module in found:
+        for module in modules:
             module.gradient_checkpointing = False  # type: ignore[assignment]
         yield
     finally:
-        for module in found:
+        for module in modules:
             module.gradient_checkpointing = True  # type: ignore[assignment]
 
 
@@ -69,21 +69,18 @@ def reading(sites: Sequence[Site]) -> Iterator[dict[Site, Tensor]]:
     A tensor that carries no gradient yet becomes a leaf that does. The model goes on with a copy,
     since some models write into a layer's output (Falcon adds the residual in place).
     """
-    read: dict[Site, Tensor] = {}
+    values: dict[Site, Tensor] = {}
 
-    def recorder(site: Site) -> Change:
-        def record(tensor: Tensor) -> Tensor:
-            if site in read:
-                raise _runs_again(site)
-            read[site] = tensor if tensor.requires_grad else tensor.detach().requires_grad_()
-            return read[site].clone()
-
-        return record
+    def record(site: Site, tensor: Tensor) -> Tensor:
+        if site in values:
+            raise _runs_again(site)
+        values[site] = tensor if tensor.requires_grad else tensor.detach().requires_grad_()
+        return values[site].clone()
 
     with ExitStack() as stack:
         for site in sites:
-            stack.callback(_attach(site, recorder(site)).remove)
-        yield read
+            stack.callback(_attach(site, partial(record, site)).remove)
+        yield values
 
 
 def _runs_again(site: Site) -> ValueError:
@@ -97,26 +94,26 @@ def _runs_again(site: Site) -> ValueError:
 def writing(values: Mapping[Site, Tensor]) -> Iterator[None]:
     """Put `values` (rows, sequence, …) in place of what the sites hold."""
 
-    def writer(value: Tensor) -> Change:
-        return lambda tensor: value.to(tensor, copy=True).reshape(-1, *tensor.shape[1:])
+    def write(value: Tensor, tensor: Tensor) -> Tensor:
+        return value.to(tensor, copy=True).reshape(-1, *tensor.shape[1:])
 
     with ExitStack() as stack:
         for site, value in values.items():
-            stack.callback(_attach(site, writer(value)).remove)
+            stack.callback(_attach(site, partial(write, value)).remove)
         yield
 
 
 @contextmanager
 def replaying(blocks: Sequence[nn.Module], state: Any, rows: int) -> Iterator[None]:
-    """Let `blocks` return the stored `state` of the last of them, over `rows` rows, unrun."""
+    """Let `blocks` return the stored `state` of the last one, over `rows` rows, without running."""
     unset = object()
-    found = [(block, block.__dict__.get("forward", unset)) for block in blocks]
+    forwards = [(block, block.__dict__.get("forward", unset)) for block in blocks]
     try:
         for block in blocks:
             block.forward = lambda *args, **kwargs: _expand(state, rows)
         yield
     finally:
-        for block, forward in found:
+        for block, forward in forwards:
             if forward is unset:
                 block.__dict__.pop("forward", None)
             else:
@@ -160,15 +157,11 @@ def split_at_head(model: nn.Module, sites: Sequence[Site] = ()) -> Iterator[Head
 
 @dataclass
 class LayerState:
-    """What a site held in one forward pass.
-
-    first: the place of its first position among the ids that were fed.
-    """
+    """What a site held in one forward pass."""
 
     tensor: Tensor
     depends_on_tokens: bool
     blocks_before: int
-    first: int = 0
 
 
 @contextmanager
@@ -181,21 +174,20 @@ def tracing(
     with ExitStack() as stack:
         leaves = stack.enter_context(embedding_leaves(model, ids))
         for block in blocks:
-            hook = block.register_forward_hook(lambda _, __, out: outputs.append(_detach(out)))
+            hook = block.register_forward_hook(
+                lambda _, __, output: outputs.append(_map_tensors(output, Tensor.detach))
+            )
             stack.callback(hook.remove)
 
-        def recorder(site: Site) -> Change:
-            def record(tensor: Tensor) -> Tensor:
-                depends = tensor.requires_grad or not leaves
-                if depends and site in states:
-                    raise _runs_again(site)
-                states[site] = LayerState(tensor.detach().clone(), depends, len(outputs))
-                return tensor
-
-            return record
+        def record(site: Site, tensor: Tensor) -> Tensor:
+            depends = tensor.requires_grad or not leaves
+            if depends and site in states:
+                raise _runs_again(site)
+            states[site] = LayerState(tensor.detach().clone(), depends, len(outputs))
+            return tensor
 
         for site in sites:
-            stack.callback(_attach(site, recorder(site)).remove)
+            stack.callback(_attach(site, partial(record, site)).remove)
         yield states, outputs
 
 
@@ -214,8 +206,7 @@ def embedding_leaves(model: nn.Module, ids: Tensor) -> Iterator[list[Tensor]]:
 
     with ExitStack() as stack:
         named = named_by_model(model, "get_input_embeddings")
-        found = [m for m in model.modules() if isinstance(m, nn.Embedding) or m is named]
-        for module in found:
+        for module in (m for m in model.modules() if isinstance(m, nn.Embedding) or m is named):
             stack.callback(module.register_forward_hook(make_leaf).remove)
         yield leaves
 
@@ -289,10 +280,6 @@ def _expand(state: Any, rows: int) -> Any:
     return _map_tensors(
         state, lambda t: t.expand(rows, *t.shape[1:]).clone() if t.dim() and t.size(0) == 1 else t
     )
-
-
-def _detach(state: Any) -> Any:
-    return _map_tensors(state, Tensor.detach)
 
 
 def _map_tensors(state: Any, change: Change) -> Any:

@@ -29,7 +29,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from captum_llm_ext.model.kinds import CAUSAL, QA, SEQ2SEQ, kind_of
+from captum_llm_ext.model.adapter import CAUSAL, QA, SEQ2SEQ, kind_of
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from captum_llm_ext.compat import Cache, DynamicLayer, DynamicSlidingWindowLayer
-from captum_llm_ext.model.parts import accepts
+from captum_llm_ext.model.layers import accepts
 
 
 class PrefixCache:

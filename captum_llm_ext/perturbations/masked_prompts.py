@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from captum_llm_ext.compat import InterpretableInput
 from captum_llm_ext.inputs.features import prompt_ids
 from captum_llm_ext.model.adapter import prompt_in
-from captum_llm_ext.model.parts import input_device
+from captum_llm_ext.model.layers import input_device
 from captum_llm_ext.model.prefix_cache import keeps_cache
 from captum_llm_ext.perturbations.scorer import PromptScorer
 from captum_llm_ext.scoring.checks import check_causal, check_context, check_ids, probed

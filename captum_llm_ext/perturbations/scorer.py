@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 
 from captum_llm_ext.inputs.targets import Target
 from captum_llm_ext.model.adapter import Adapter, prompt_in
+from captum_llm_ext.model.layers import accepts, output_head
 from captum_llm_ext.model.memory import Halving, free_bytes
-from captum_llm_ext.model.parts import accepts, output_head
 from captum_llm_ext.model.prefix_cache import FEWEST_REUSED, PrefixCache, can_be_cut
 from captum_llm_ext.model.quantized import quantizes_activations
 from captum_llm_ext.scoring.teacher_forcing import (

@@ -24,7 +24,7 @@ from captum_llm_ext.inputs.baselines import BaselineSpec
 from captum_llm_ext.inputs.targets import PERTURBATION_TARGETS, check_attr_target
 from captum_llm_ext.inputs.templates import check_template, drawn
 from captum_llm_ext.inputs.tokens import with_baselines
-from captum_llm_ext.model.parts import input_device
+from captum_llm_ext.model.layers import input_device
 from captum_llm_ext.model.quantized import quietly
 from captum_llm_ext.model.random_state import same_random_state
 from captum_llm_ext.perturbations.masked_prompts import (

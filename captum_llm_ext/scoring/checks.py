@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from captum_llm_ext.inputs.targets import Target
 from captum_llm_ext.model.adapter import layout_of
 from captum_llm_ext.model.hooks import embedding_leaves, reading
-from captum_llm_ext.model.layers import Site, decoder_blocks
-from captum_llm_ext.model.parts import known_token_embedding
+from captum_llm_ext.model.layers import Site, decoder_blocks, known_token_embedding
 from captum_llm_ext.model.quantized import quantized_layers, quantizes_activations
 from captum_llm_ext.model.random_state import same_random_state
 from captum_llm_ext.scoring.teacher_forcing import Pass, TeacherForcing
@@ -23,7 +22,10 @@ from captum_llm_ext.warning import warn
 def check_ids(forcing: TeacherForcing) -> None:
     """Refuse token ids that the model has no embedding for."""
     size = getattr(known_token_embedding(forcing.model), "num_embeddings", None)
-    ids = [forcing.prompt_ids[0], *forcing.target.vocabulary_ids]
+    target = forcing.target
+    ids = [forcing.prompt_ids[0]]
+    if not target.of_positions:
+        ids += [target.ids] if target.contrast is None else [target.ids, target.contrast]
     wrong = [int(i) for i in torch.cat(ids) if i < 0 or (size is not None and i >= size)]
     if wrong:
         raise ValueError(
@@ -63,16 +65,18 @@ def warn_of_dropout(forcing: TeacherForcing) -> None:
         )
 
 
-def warn_of_low_precision(forcing: TeacherForcing, probe: Pass, sites: Sequence[Site]) -> None:
+def warn_of_low_precision(
+    forcing: TeacherForcing, precision: torch.dtype, sites: Sequence[Site]
+) -> None:
     """Warn of a path from the embeddings in 16 bits, which cannot resolve its spikes.
 
     On a real model its attribution in bfloat16 had nothing in common with that in float32.
     """
     embedding = known_token_embedding(forcing.model)
-    low = probe.precision in (torch.bfloat16, torch.float16)
+    low = precision in (torch.bfloat16, torch.float16)
     if low and any(site.module is embedding for site in sites):
         warn(
-            f"a path at the embeddings computed in {str(probe.precision).removeprefix('torch.')} "
+            f"a path at the embeddings computed in {str(precision).removeprefix('torch.')} "
             "is not reliable: take a float32 model, the layers of a block, or LayerSaliency",
         )
 

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from captum_llm_ext.inputs.features import Features
 from captum_llm_ext.model.adapter import Adapter
 from captum_llm_ext.model.hooks import evaluating
-from captum_llm_ext.model.parts import accepts
+from captum_llm_ext.model.layers import accepts
 from captum_llm_ext.model.prefix_cache import PrefixCache, can_be_cut
 from captum_llm_ext.scoring.checks import check_causal, check_context, check_ids, warn_of_dropout
 from captum_llm_ext.scoring.tasks import Request, Task, task_of
@@ -53,7 +54,19 @@ class Prepared:
             probe = self.forcing.probe(cache, of_prompt=filled_up and not alone)
         return replace(self, probe=probe, causal=check_causal(self.forcing, probe, product))
 
-    def with_prefix(self, n_cached: int) -> Prepared:
+    @property
+    def precision(self) -> torch.dtype:
+        """The dtype that the scores are computed in."""
+        return torch.float32 if self.probe is None else self.probe.precision
+
+    def probed_for(self, features: Features, reuse_prefix: bool) -> Prepared:
+        """The same, probed, with the tokens that precede all features from the cache."""
+        n_cached = features.first if reuse_prefix else 0
+        reused = n_cached >= FEWEST_REUSED
+        prepared = self.probed(use_cache=reused, filled_up=reused)
+        return prepared._with_prefix(n_cached) if reused else prepared
+
+    def _with_prefix(self, n_cached: int) -> Prepared:
         """The same with the first `n_cached` tokens from the probe's cache, where that is right."""
         if self.probe is None or not self.causal or not can_be_cut(self.probe.cache):
             return self

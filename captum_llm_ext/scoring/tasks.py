@@ -18,10 +18,12 @@ from captum_llm_ext.inputs.features import places_kept
 from captum_llm_ext.inputs.targets import (
     Target,
     contrast_ids,
+    encode_target,
+    generated_ids,
     output_tokens,
-    target_ids,
     without_tokens,
 )
+from captum_llm_ext.model.adapter import CAUSAL, QA, SEQ2SEQ, kind_of
 from captum_llm_ext.model.answer_span import (
     AnswerSpan,
     checked_positions,
@@ -30,7 +32,6 @@ from captum_llm_ext.model.answer_span import (
     predicted_answer,
 )
 from captum_llm_ext.model.encoder_decoder import EncoderDecoder, decoder_start
-from captum_llm_ext.model.kinds import CAUSAL, QA, SEQ2SEQ, kind_of
 from captum_llm_ext.scoring.teacher_forcing import TeacherForcing
 
 
@@ -108,14 +109,20 @@ def _qa(model: nn.Module, tokenizer: Any, prompt: Tensor, request: Request) -> T
 def _target(
     model: nn.Module, tokenizer: Any, prompt: Tensor, request: Request, n_start: int | None = None
 ) -> Target:
-    inputs = {"input_ids": prompt}
-    ids = target_ids(model, tokenizer, inputs, request.target, request.gen_args, n_start)
-    if request.target is not None:
-        ids = without_tokens(ids, request.skip_tokens, tokenizer)
-    ids = ids.to(prompt.device, copy=True)
-    contrast = contrast_ids(tokenizer, request.contrast, len(ids))
-    contrast = None if contrast is None else contrast.to(prompt.device, copy=True)
-    return Target(ids, request.attr_target, contrast)
+    """The request's target, which the model generates where it is None."""
+    if request.target is None:
+        ids = generated_ids(model, prompt, request.gen_args, n_start)
+    elif request.gen_args is not None:
+        raise ValueError("gen_args is only for a generated target; got gen_args and a target")
+    else:
+        ids = encode_target(tokenizer, request.target)
+        if request.skip_tokens:
+            ids = without_tokens(ids, request.skip_tokens, tokenizer)
+    contrast = None
+    if request.contrast is not None:
+        contrast = contrast_ids(tokenizer, request.contrast, len(ids))
+        contrast = contrast.to(prompt.device, copy=True)
+    return Target(ids.to(prompt.device, copy=True), request.attr_target, contrast)
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from captum_llm_ext.inputs.targets import Target
 from captum_llm_ext.model.hooks import HeadInput, embedding_leaves, split_at_head
-from captum_llm_ext.model.layers import Site
+from captum_llm_ext.model.layers import Site, accepts
 from captum_llm_ext.model.memory import counting_saved_bytes
-from captum_llm_ext.model.parts import accepts
 from captum_llm_ext.model.prefix_cache import PrefixCache
 from captum_llm_ext.model.quantized import computes_in
 from captum_llm_ext.scoring.positions import Row, TargetSpan

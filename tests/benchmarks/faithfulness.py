@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from captum_llm_ext import TextTemplateInput, explain, load_demo_model, segment_input
 from captum_llm_ext.compat import CaptumTextTokenInput
-from captum_llm_ext.explaining import GRADIENT_METHODS
 from captum_llm_ext.metrics import MethodComparison, compare_methods
+from captum_llm_ext.registry import GRADIENT, methods_of
 from tests.benchmarks.candidates import BASELINE, CANDIDATES, first_token_aside, result_of
 from tests.benchmarks.integrals import SENTENCE
 from tests.benchmarks.measure import RESULTS, machine_facts
@@ -88,7 +88,7 @@ def by_name(
     name: str, options: Any, model: nn.Module, tokenizer: Any, inp: Any, target: Tensor
 ) -> Any:
     given = dict(options)
-    if name in GRADIENT_METHODS:
+    if name in methods_of(GRADIENT):
         given["include_per_token_attr"] = False
     if not isinstance(inp, CaptumTextTokenInput):
         given.pop("baselines", None)  # a template has its own

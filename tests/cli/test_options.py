@@ -25,9 +25,9 @@ from captum_llm_ext import (
     segment_input,
 )
 from captum_llm_ext.cli import one, options, outputs
-from captum_llm_ext.explaining import METHODS
 from captum_llm_ext.inputs.chats import CHAT_FEATURES
 from captum_llm_ext.model.random_state import seeded
+from captum_llm_ext.registry import METHODS
 from tests.models.families import TARGET, tiny_model, tiny_tokenizer
 
 pytestmark = [

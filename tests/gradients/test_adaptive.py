@@ -52,7 +52,7 @@ def test_delta_is_within_the_tolerance(tol: float) -> None:
 
 def test_a_budget_that_ends_first_is_said() -> None:
     model = tiny_model("llama")
-    with pytest.warns(UserWarning, match="max_rows"):
+    with pytest.warns(UserWarning, match="max_evaluations"):
         result = integrated(model, "model.embed_tokens", method="adaptive", tol=1e-9, max_rows=40)
     assert result.converged is False
     assert 24 <= result.n_evaluations <= 40
@@ -108,7 +108,8 @@ def test_baseline_equal_to_the_input_is_zero_without_a_division() -> None:
     ("options", "word"),
     [
         ({"tol": 0.0}, "tol"),
-        ({"max_rows": 3}, "max_rows"),
+        ({"max_evaluations": 3}, "max_evaluations"),
+        ({"max_rows": 3}, "max_evaluations"),
         ({"n_steps": 5}, "n_steps"),
         ({"method": "gausslegendre", "tol": 0.1}, "adaptive"),
     ],

@@ -14,7 +14,7 @@ from captum.attr import (
 )
 
 from captum_llm_ext import LLMGradientAttribution
-from captum_llm_ext.gradients import path as path_walk
+from captum_llm_ext.gradients import forward_mode
 from captum_llm_ext.gradients.forward_mode import derivatives, is_cheaper
 from tests.models.families import (
     FAMILIES,
@@ -29,19 +29,42 @@ FORWARD = [family for family in FAMILIES if family != "mixtral"]  # its experts'
 VALUES = ["Dave", "Palm Coast"]
 
 
-def attribute(model: Any, layer: Any, kind: Any = LayerIntegratedGradients, **options: Any) -> Any:
+COSTS = {True: 0.0, False: float("inf"), None: forward_mode.COST}
+
+
+def attribute(
+    model: Any,
+    layer: Any,
+    kind: Any = LayerIntegratedGradients,
+    mode: bool | None = None,
+    **options: Any,
+) -> Any:
+    """Forward (True), backward (False) or as the package chooses, by what it takes for its cost."""
     inp = options.pop("inp", None) or TextTemplateInput("{} lives in {} and", VALUES)
     options = {"target": target_ids(6), **options}
+    scored = {"attr_target": options.pop("attr_target", "log_prob")}
     if kind is LayerIntegratedGradients and "method" not in options:
         options["n_steps"] = 4
-    return LLMGradientAttribution(kind(model, layer), tiny_tokenizer()).attribute(inp, **options)
+    wrapper = LLMGradientAttribution(kind(model, layer), tiny_tokenizer(), **scored)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(forward_mode, "COST", COSTS[mode])
+        return wrapper.attribute(inp, **options)
+
+
+def test_one_case() -> None:
+    """Two values and six target tokens: forward mode gives what backward passes give."""
+    model = tiny_model("llama")
+    forward, backward = (
+        attribute(model, "model.embed_tokens", mode=mode) for mode in (True, False)
+    )
+    assert_close(forward.token_attr, backward.token_attr)
 
 
 @pytest.mark.parametrize("kind", ["embedding", "block", "mlp", "attention_projection"])
 @pytest.mark.parametrize("family", FORWARD)
 def test_equals_backward(family: str, kind: str) -> None:
     model, layer = tiny_model(family), layer_names(family)[kind]
-    forward, backward = (attribute(model, layer, forward_mode=mode) for mode in (True, False))
+    forward, backward = (attribute(model, layer, mode=mode) for mode in (True, False))
     assert_close(forward.token_attr, backward.token_attr)
     assert_close(forward.seq_attr, backward.seq_attr)
     scale = backward.token_attr.abs().sum()
@@ -62,7 +85,7 @@ def test_equals_backward(family: str, kind: str) -> None:
 def test_equals_backward_with(options: dict[str, Any]) -> None:
     model = tiny_model("llama")
     forward, backward = (
-        attribute(model, "model.layers.1", forward_mode=mode, **options) for mode in (True, False)
+        attribute(model, "model.layers.1", mode=mode, **options) for mode in (True, False)
     )
     assert_close(forward.token_attr, backward.token_attr)
     assert_close(forward.seq_attr, backward.seq_attr)
@@ -71,12 +94,9 @@ def test_equals_backward_with(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("attr_target", ["prob", "logit"])
 def test_other_scores(attr_target: str) -> None:
     model = tiny_model("llama")
-    inp = TextTemplateInput("{} lives in {} and", VALUES)
-    method = LayerIntegratedGradients(model, "model.layers.1.mlp")
-    wrapper = LLMGradientAttribution(method, tiny_tokenizer(), attr_target=attr_target)
+    options = {"target": target_ids(3), "attr_target": attr_target}
     forward, backward = (
-        wrapper.attribute(inp, target_ids(3), n_steps=4, forward_mode=mode)
-        for mode in (True, False)
+        attribute(model, "model.layers.1.mlp", mode=mode, **options) for mode in (True, False)
     )
     assert (forward.token_attr - backward.token_attr).abs().max() <= 1e-4 * (
         backward.token_attr.abs().max()
@@ -90,7 +110,7 @@ def test_noise_is_the_same() -> None:
     results = []
     for mode in (True, False):
         torch.manual_seed(0)
-        options = {"stdevs": 0.1, "n_samples": 3, "forward_mode": mode}
+        options = {"stdevs": 0.1, "n_samples": 3, "mode": mode}
         results.append(
             attribute(tiny_model("llama"), "model.layers.1", LayerGradientShap, **options)
         )
@@ -99,7 +119,7 @@ def test_noise_is_the_same() -> None:
 
 def test_a_model_that_is_not_causal() -> None:
     model = BidirectionalToy()
-    forward, backward = (attribute(model, "layer", forward_mode=mode) for mode in (True, False))
+    forward, backward = (attribute(model, "layer", mode=mode) for mode in (True, False))
     assert_close(forward.token_attr, backward.token_attr)
 
 
@@ -110,7 +130,7 @@ def test_chosen_where_it_is_cheaper(monkeypatch: pytest.MonkeyPatch) -> None:
         calls.append(1)
         return derivatives(*arguments)
 
-    monkeypatch.setattr("captum_llm_ext.gradients.path.derivatives", counted)
+    monkeypatch.setattr(forward_mode, "derivatives", counted)
     model = tiny_model("llama")
     attribute(model, "model.embed_tokens")
     assert len(calls) == len(VALUES)
@@ -121,13 +141,12 @@ def test_chosen_where_it_is_cheaper(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not is_cheaper(17, 14)
 
 
-def test_a_model_that_cannot_goes_backward_or_says_so() -> None:
+def test_a_model_that_cannot_goes_backward() -> None:
     model = tiny_model("mixtral")
-    chosen = attribute(model, "model.embed_tokens")
-    backward = attribute(model, "model.embed_tokens", forward_mode=False)
-    assert_close(chosen.token_attr, backward.token_attr)
-    with pytest.raises(ValueError, match="forward_mode=True"):
-        attribute(model, "model.embed_tokens", forward_mode=True)
+    forward, backward = (
+        attribute(model, "model.embed_tokens", mode=mode) for mode in (True, False)
+    )
+    assert_close(forward.token_attr, backward.token_attr)
 
 
 @pytest.mark.parametrize(
@@ -138,23 +157,32 @@ def test_a_model_that_cannot_goes_backward_or_says_so() -> None:
         (LayerIntegratedGradients, {"include_hidden_attr": True}),
     ],
 )
-def test_where_it_has_no_meaning(method: Any, options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="forward_mode=True"):
-        attribute(tiny_model("llama"), "model.layers.1", method, forward_mode=True, **options)
+def test_never_where_it_does_not_give_the_attributions(
+    monkeypatch: pytest.MonkeyPatch, method: Any, options: dict[str, Any]
+) -> None:
+    def never(*_: Any) -> Any:
+        raise AssertionError("forward mode was taken")
+
+    monkeypatch.setattr(forward_mode, "derivatives", never)
+    attribute(tiny_model("llama"), "model.layers.1", method, mode=True, **options)
+
+
+@pytest.mark.parametrize("keyword", [True, False, None])
+def test_the_keyword_is_accepted_and_changes_nothing(keyword: bool | None) -> None:
+    model = tiny_model("llama")
+    chosen = attribute(model, "model.embed_tokens", forward_mode=keyword)
+    assert torch.equal(chosen.token_attr, attribute(model, "model.embed_tokens").token_attr)
 
 
 def test_derivatives_that_are_wrong_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """Some operations lose tangents: then the sum of the forward derivatives is another one."""
     model = tiny_model("llama")
-    backward = attribute(model, "model.embed_tokens", forward_mode=False)
-    own = derivatives
+    backward = attribute(model, "model.embed_tokens", mode=False)
 
     def lossy(*arguments: Any) -> tuple[torch.Tensor, ...]:
-        tokens, sequence, score = own(*arguments)
+        tokens, sequence, score = derivatives(*arguments)
         return tokens / 2, sequence / 2, score
 
-    monkeypatch.setattr(path_walk, "derivatives", lossy)
+    monkeypatch.setattr(forward_mode, "derivatives", lossy)
     chosen = attribute(model, "model.embed_tokens")
     assert_close(chosen.token_attr, backward.token_attr)
-    with pytest.raises(ValueError, match="not those of a backward pass"):
-        attribute(model, "model.embed_tokens", forward_mode=True)

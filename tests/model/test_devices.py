@@ -31,7 +31,7 @@ from captum_llm_ext.inputs.baselines import PathStart
 from captum_llm_ext.inputs.features import Features
 from captum_llm_ext.inputs.targets import Target
 from captum_llm_ext.model import hooks
-from captum_llm_ext.model.parts import input_device
+from captum_llm_ext.model.layers import input_device
 from captum_llm_ext.perturbations import masked_prompts as coalitions
 from captum_llm_ext.perturbations import scorer as prompts
 from captum_llm_ext.scoring import checks, tasks

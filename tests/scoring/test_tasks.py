@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from captum_llm_ext import cli, explain, load_model
-from captum_llm_ext.explaining import METHODS
+from captum_llm_ext.registry import METHODS
 from tests.models.encoder_decoder import tiny_seq2seq
 from tests.models.families import PROMPT, tiny_model, tiny_tokenizer
 from tests.models.question_answering import (
