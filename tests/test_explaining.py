@@ -115,7 +115,7 @@ def test_an_interpretable_input_is_taken_as_it_is(model, tokenizer):
 
 
 @pytest.mark.parametrize("baselines", [9, "no such", ["pad", "unk"]])
-@pytest.mark.parametrize("method", WITHOUT_BASELINES)
+@pytest.mark.parametrize("method", [n for n, row in METHODS.items() if not row.takes_baselines])
 def test_methods_without_a_path_refuse_baselines(model, tokenizer, method, baselines):
     kind, match = (TypeError, "baselines") if method == "attention" else (ValueError, "no path")
     with pytest.raises(kind, match=match):
@@ -123,7 +123,7 @@ def test_methods_without_a_path_refuse_baselines(model, tokenizer, method, basel
 
 
 @pytest.mark.filterwarnings("ignore:integrated gradients have not converged")
-@pytest.mark.parametrize("method", sorted(set(METHODS) - set(WITHOUT_BASELINES)))
+@pytest.mark.parametrize("method", [n for n, row in METHODS.items() if row.takes_baselines])
 def test_all_other_methods_take_them(model, tokenizer, method):
     few = {"ig": "n_steps", "conductance": "n_steps"}.get(method, "n_samples")
     options = {} if method in ("ablation", "two_stage", "shapley") else {few: 10}

@@ -17,6 +17,7 @@ import captum_llm_ext
 from captum_llm_ext import LayerIntegratedGradients, TextTemplateInput, load_demo_model
 from tests.benchmarks.measure import print_table, time_row, write_results
 from tests.benchmarks.perturbations import BASELINES, TEMPLATE, VALUES
+from tests.oracles.cases import differentiating
 
 STEPS = 4
 TARGET_TOKENS = 64
@@ -35,18 +36,20 @@ def main() -> None:
     theirs = captum.attr.LLMGradientAttribution(method, tokenizer)
     tokens = captum.attr.TextTokenInput(text, tokenizer)
 
-    def forward(mode: bool | None) -> Any:
-        return ours.attribute(inp, target, n_steps=STEPS, forward_mode=mode)
+    def forward() -> Any:
+        return ours.attribute(inp, target, n_steps=STEPS)
 
     rows = [
         time_row(
             f"forward mode, 5 features, {len(target)} target tokens",
             5,
-            lambda: forward(None),
+            forward,
             lambda: theirs.attribute(tokens, target, n_steps=STEPS),
         )
     ]
-    chosen, backward = forward(None).token_attr, forward(False).token_attr
+    chosen = forward().token_attr
+    with differentiating(forward=False):
+        backward = forward().token_attr
     difference = float((chosen - backward).abs().max() / backward.abs().max())
     print(f"largest difference from backward passes: {difference:.0e} of the maximum")
     print_table(rows)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from captum_llm_ext import LLMGradientAttribution, TextTemplateInput, explain
 from tests.models.families import PROMPT, CausalToy, tiny_model, tiny_tokenizer
-from tests.oracles.cases import prompt_input, target_ids
+from tests.oracles.cases import differentiating, prompt_input, target_ids
 
 SHORT = TextTemplateInput("{} lives in Palm Coast and", ["Dave"], baselines=["His"])
 
@@ -107,24 +107,18 @@ class Twice(CausalToy):
         return SimpleNamespace(logits=2 * self.head(self.mix(hidden)))
 
 
-@pytest.mark.parametrize("forward_mode", [True, False, None])
-def test_a_layer_that_runs_twice_is_refused(forward_mode: bool | None) -> None:
+@pytest.mark.parametrize("forward", [True, False])
+def test_a_layer_that_runs_twice_is_refused(forward: bool) -> None:
     inp = TextTemplateInput("{}", ["Dave lives"], baselines=["Dave golf"])
-    with pytest.raises(ValueError, match="runs more than once"):
-        attributed(Twice(), "layer", inp, target=target_ids(8), forward_mode=forward_mode)
+    with differentiating(forward), pytest.raises(ValueError, match="runs more than once"):
+        attributed(Twice(), "layer", inp, target=target_ids(8))
 
 
-@pytest.mark.parametrize("forward_mode", [True, False])
-def test_the_points_taken_are_those_of_the_path(forward_mode: bool) -> None:
+@pytest.mark.parametrize("forward", [True, False])
+def test_the_points_taken_are_those_of_the_path(forward: bool) -> None:
     model = tiny_model("llama")
-    result, _ = attributed(
-        model,
-        "model.embed_tokens",
-        SHORT,
-        target=target_ids(8),
-        n_steps=9,
-        forward_mode=forward_mode,
-    )
+    with differentiating(forward):
+        result, _ = attributed(model, "model.embed_tokens", SHORT, target=target_ids(8), n_steps=9)
     assert result.n_evaluations == 9
     assert result.score_path.shape == (2, 9 + 3)  # both ends, and next to the start
     conductance, _ = attributed(model, "model.layers.1", kind=LayerConductance, n_steps=3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -23,13 +24,10 @@ from tests.models.families import (
     tiny_model,
     tiny_tokenizer,
 )
-from tests.oracles.cases import assert_close, target_ids
+from tests.oracles.cases import assert_close, differentiating, target_ids
 
 FORWARD = [family for family in FAMILIES if family != "mixtral"]  # its experts' product cannot
 VALUES = ["Dave", "Palm Coast"]
-
-
-COSTS = {True: 0.0, False: float("inf"), None: forward_mode.COST}
 
 
 def attribute(
@@ -39,15 +37,14 @@ def attribute(
     mode: bool | None = None,
     **options: Any,
 ) -> Any:
-    """Forward (True), backward (False) or as the package chooses, by what it takes for its cost."""
+    """Forward (True), backward (False) or as the package chooses (None)."""
     inp = options.pop("inp", None) or TextTemplateInput("{} lives in {} and", VALUES)
     options = {"target": target_ids(6), **options}
     scored = {"attr_target": options.pop("attr_target", "log_prob")}
     if kind is LayerIntegratedGradients and "method" not in options:
         options["n_steps"] = 4
     wrapper = LLMGradientAttribution(kind(model, layer), tiny_tokenizer(), **scored)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(forward_mode, "COST", COSTS[mode])
+    with nullcontext() if mode is None else differentiating(mode):
         return wrapper.attribute(inp, **options)
 
 

@@ -142,7 +142,6 @@ def test_gradients_stay_on_the_device(valueless: nn.Module, method: str, per_tok
         include_per_token_attr=per_token,
         include_hidden_attr=True,
         reuse_prefix=False,
-        forward_mode=False,
         **options,
     )
     count = prompt_input().inp_tensor.size(1)

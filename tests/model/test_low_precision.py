@@ -157,7 +157,6 @@ def test_many_steps_add_up_in_float32(dtype: torch.dtype) -> None:
         n_steps=300,
         method="riemann_middle",
         internal_batch_size=1,
-        forward_mode=False,
     )
     expected = model.head.weight[5].float().sum().expand(3)  # the logit is linear
     torch.testing.assert_close(result.token_attr[0], expected, rtol=1e-4, atol=1e-5)

@@ -25,7 +25,13 @@ from captum_llm_ext.inputs.targets import Target
 from captum_llm_ext.model.memory import Halving, free_bytes, is_out_of_memory
 from captum_llm_ext.scoring.teacher_forcing import TeacherForcing
 from tests.models.families import tiny_model, tiny_tokenizer
-from tests.oracles.cases import assert_close, our_attribution, prompt_input, target_ids
+from tests.oracles.cases import (
+    assert_close,
+    differentiating,
+    our_attribution,
+    prompt_input,
+    target_ids,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:integrated gradients have not converged")
 
@@ -79,7 +85,7 @@ def limited_backward(model: nn.Module, rows: int) -> Iterator[None]:
 def attribute(model: nn.Module, method: str, layer: Any = "model.layers.1", **more: Any) -> Any:
     kind, options = METHODS[method]
     torch.manual_seed(0)
-    options = {"target": target_ids(4), "forward_mode": False, **options, **more}
+    options = {"target": target_ids(4), **options, **more}
     return our_attribution(kind, model, layer, prompt_input(), **options)
 
 
@@ -131,9 +137,10 @@ def test_results_after_running_out_in_a_backward(method: str) -> None:
 def test_results_after_running_out_in_forward_mode() -> None:
     model = tiny_model("llama", fresh=True)
     model.set_attn_implementation("eager")
-    expected = attribute(model, "fixed rule", forward_mode=True)
-    with limited(model, 3) as seen:
-        found = attribute(model, "fixed rule", forward_mode=True)
+    with differentiating(forward=True):
+        expected = attribute(model, "fixed rule")
+        with limited(model, 3) as seen:
+            found = attribute(model, "fixed rule")
     assert max(seen) > 3
     assert_same(found, expected)
 

@@ -40,6 +40,7 @@ from tests.models.quantized import (
 from tests.oracles.cases import (
     STEPS,
     assert_close,
+    differentiating,
     our_attribution,
     problem,
     prompt_columns,
@@ -140,7 +141,7 @@ OPTIONS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         "embedding",
         {"method": "adaptive", "tol": 0.05, "n_steps": None},
     ),
-    "forward mode": (LayerIntegratedGradients, "block", {"forward_mode": True, "n_steps": 3}),
+    "forward mode": (LayerIntegratedGradients, "block", {"n_steps": 3}),
     "joint": (
         LayerIntegratedGradients,
         ["projection", "mlp"],
@@ -173,10 +174,11 @@ def test_every_option_equals_the_float_copy(option: str, kind: str) -> None:
     if option == "forward mode":  # no formula for forward mode is in sdpa on a CPU
         for model in (pair.model, pair.reference):
             model.set_attn_implementation("eager")
-    torch.manual_seed(0)
-    found = our_attribution(method, pair.model, names, prompt_input(), **options)
-    torch.manual_seed(0)
-    expected = our_attribution(method, pair.reference, names, prompt_input(), **options)
+    with differentiating(forward=option == "forward mode"):
+        torch.manual_seed(0)
+        found = our_attribution(method, pair.model, names, prompt_input(), **options)
+        torch.manual_seed(0)
+        expected = our_attribution(method, pair.reference, names, prompt_input(), **options)
     assert_close(found.seq_attr, expected.seq_attr, 2e-3)
     if expected.token_attr is not None:
         assert_close(found.token_attr, expected.token_attr, 2e-3)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import combinations, product
 from typing import Any
 
 import captum.attr
+import pytest
 import torch
 from torch import Tensor, nn
 
 from captum_llm_ext import LLMGradientAttribution
+from captum_llm_ext.gradients import forward_mode
 from tests.models.families import PROMPT, tiny_tokenizer
 from tests.oracles.gradients import Problem, gradient_x_activation, integrated_gradients
 
@@ -69,6 +72,14 @@ def our_attribution(
         method(model, layer), tokenizer or tiny_tokenizer(), attr_target=attr_target
     )
     return wrapper.attribute(inp, **{**arguments(method), **kwargs})
+
+
+@contextmanager
+def differentiating(forward: bool) -> Iterator[None]:
+    """Forward mode wherever it gives the attributions, or nowhere: the package chooses by cost."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(forward_mode, "COST", 0.0 if forward else float("inf"))
+        yield
 
 
 def assert_close(ours: Tensor, reference: Tensor, tolerance: float = 1e-4) -> None:
