@@ -41,6 +41,8 @@ def mean_over_runs(
             attribute_layers(forcing, method, sites, features, start, plan)
             for method, start in zip(methods, starts, strict=True)
         ]
+    if len(runs) == 1:
+        return runs[0]
     return {site: LayerTotal.mean([run[site] for run in runs]) for site in runs[0]}
 
 

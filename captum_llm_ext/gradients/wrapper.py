@@ -223,8 +223,8 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
                 replace(layout_of(forcing.model).site(site), at_input=attribute_to_layer_input)
                 for site in self._sites
             ]
-            if method.has_path:
-                warn_of_low_precision(forcing, prepared.precision, sites)
+            if method.has_path and prepared.probe is not None:
+                warn_of_low_precision(prepared.probe.precision, sites, forcing.model)
             starts = [
                 self._path_start(baseline, inp, features, forcing) if method.has_path else None
                 for _ in range(num_trials if _draws(method, inp) else 1)

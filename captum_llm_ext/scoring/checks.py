@@ -65,14 +65,12 @@ def warn_of_dropout(forcing: TeacherForcing) -> None:
         )
 
 
-def warn_of_low_precision(
-    forcing: TeacherForcing, precision: torch.dtype, sites: Sequence[Site]
-) -> None:
+def warn_of_low_precision(precision: torch.dtype, sites: Sequence[Site], model: nn.Module) -> None:
     """Warn of a path from the embeddings in 16 bits, which cannot resolve its spikes.
 
     On a real model its attribution in bfloat16 had nothing in common with that in float32.
     """
-    embedding = known_token_embedding(forcing.model)
+    embedding = known_token_embedding(model)
     low = precision in (torch.bfloat16, torch.float16)
     if low and any(site.module is embedding for site in sites):
         warn(

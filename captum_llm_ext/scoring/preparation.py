@@ -54,11 +54,6 @@ class Prepared:
             probe = self.forcing.probe(cache, of_prompt=filled_up and not alone)
         return replace(self, probe=probe, causal=check_causal(self.forcing, probe, product))
 
-    @property
-    def precision(self) -> torch.dtype:
-        """The dtype that the scores are computed in."""
-        return torch.float32 if self.probe is None else self.probe.precision
-
     def probed_for(self, features: Features, reuse_prefix: bool) -> Prepared:
         """The same, probed, with the tokens that precede all features from the cache."""
         n_cached = features.first if reuse_prefix else 0

@@ -143,11 +143,14 @@ class TeacherForcing:
         if not (per_token and divide and self.target.is_additive and len(self.target.fed)):
             return [TargetSpan(0, n_output)]
         counts = range(1, min(n_output, 8) + 1)
-        return min((_even_spans(n_output, n) for n in counts), key=lambda s: self._cost(s, rows))
-
-    def _cost(self, spans: list[TargetSpan], rows: int) -> int:
-        """Tokens that one forward and len(span) backwards of each span walk over."""
-        return sum((self.row.n_fed(s) * rows + PASS_OVERHEAD) * (1 + len(s)) for s in spans)
+        divisions = (_even_spans(n_output, n) for n in counts)
+        # Tokens that one forward and len(span) backwards of each span walk over.
+        return min(
+            divisions,
+            key=lambda spans: sum(
+                (self.row.n_fed(s) * rows + PASS_OVERHEAD) * (1 + len(s)) for s in spans
+            ),
+        )
 
 
 @dataclass(frozen=True)
@@ -165,11 +168,6 @@ class Pass:
     precision: torch.dtype = torch.float32
     causal: bool | None = None
 
-    @property
-    def tolerance(self) -> float:
-        """The relative difference of scores that the precision alone explains."""
-        return tolerance(self.precision)
-
     def token_scores(self) -> Tensor:
         """Scores (rows, len(span)) of the span's tokens."""
         return self.target.token_scores(self.logits, self.span.start, self.span.stop)
@@ -183,7 +181,7 @@ class Pass:
         scores, expected = (
             replace(p, target=p.target.as_log_prob()).token_scores()[0] for p in (self, other)
         )
-        allowed = self.tolerance * expected.abs().max().clamp(min=1)
+        allowed = tolerance(self.precision) * expected.abs().max().clamp(min=1)
         return bool((scores - expected).abs().max() <= allowed)
 
     def is_causal(self) -> bool:
@@ -194,7 +192,7 @@ class Pass:
         if len(scores) == 1:
             return True
         difference = (scores[0] - scores[1])[:-1].abs().max()
-        return bool(difference <= self.tolerance * scores.abs().max().clamp(min=1))
+        return bool(difference <= tolerance(self.precision) * scores.abs().max().clamp(min=1))
 
     def gradients(
         self, wrt: Sequence[Tensor], per_token: bool, **options: Any
