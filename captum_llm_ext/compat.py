@@ -5,6 +5,13 @@
 
 from __future__ import annotations
 
+from captum._utils.common import (
+    _expand_additional_forward_args,
+    _expand_target,
+    _format_additional_forward_args,
+    _format_feature_mask,
+    _run_forward,
+)
 from captum._utils.gradient import compute_layer_gradients_and_eval
 from captum.attr._core.lime import default_perturb_func
 from captum.attr._core.llm_attr import (
@@ -61,7 +68,12 @@ __all__ = [
     "LayerAttribution",
     "PerturbationAttribution",
     "_convert_ids_to_pretty_tokens",
+    "_expand_additional_forward_args",
+    "_expand_target",
+    "_format_additional_forward_args",
+    "_format_feature_mask",
     "_format_input_baseline",
+    "_run_forward",
     "approximation_parameters",
     "compute_layer_gradients_and_eval",
     "default_perturb_func",

@@ -1,96 +1,128 @@
-"""The coalitions of features that a method asks for: their prompts, and their scores."""
+"""Masks → prompts with baselines for absent features → their scores."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from captum_llm_ext.compat import InterpretableInput
+from captum_llm_ext.compat import CaptumTextTemplateInput, ImageMaskInput, InterpretableInput
+from captum_llm_ext.inputs.baselines import BaselineSpec
 from captum_llm_ext.inputs.features import prompt_ids
-from captum_llm_ext.model.adapter import prompt_in
+from captum_llm_ext.inputs.templates import check_template, drawn
+from captum_llm_ext.inputs.tokens import with_baselines
 from captum_llm_ext.model.layers import input_device
-from captum_llm_ext.model.prefix_cache import keeps_cache
-from captum_llm_ext.perturbations.scorer import PromptScorer
-from captum_llm_ext.scoring.checks import check_causal, check_context, check_ids, probed
-from captum_llm_ext.scoring.tasks import Request, task_of
-from captum_llm_ext.scoring.teacher_forcing import TeacherForcing
+from captum_llm_ext.perturbations.scorer import Prompt, PromptScorer
+from captum_llm_ext.scoring.preparation import prepare
+from captum_llm_ext.scoring.tasks import Request
 
-Key: TypeAlias = tuple[int, ...]
+InspectForward: TypeAlias = Callable[[str, str, list[float]], None]
 
 
 @dataclass
-class Coalitions:
-    """The perturbed prompts of a trial, by which features are present, and their scores."""
+class MaskedPrompts:
+    """The prompts of an input by which features are present.
+
+    inspect: called for every mask with the prompt, the target, and the first `n_inspected`
+    probabilities of the sequence and each target token.
+    """
 
     inp: InterpretableInput
     tokenizer: Any
     scorer: PromptScorer
-    known: dict[Key, Tensor] = field(default_factory=dict)
-    show_progress: bool = False
-    _prompts: dict[tuple[bool, ...], tuple[Key, Tensor]] = field(default_factory=dict)
-    _unscored: dict[Key, Tensor] = field(default_factory=dict)
+    inspect: InspectForward | None = None
+    n_inspected: int | None = None
+    _prompts: dict[tuple[bool, ...], Prompt] = field(default_factory=dict, init=False)
 
-    def prompt(self, row: Tensor) -> Tensor:
-        """The ids (n_prompt,) of the prompt with the features that `row` (n_features,) has."""
-        return self._prompt(row)[1]
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        tokenizer: Any,
+        inp: InterpretableInput,
+        request: Request,
+        baselines: BaselineSpec = None,
+        reuse_prefix: bool = True,
+        rows: int | None = None,
+        show_progress: bool = False,
+    ) -> MaskedPrompts:
+        """Check and probe the input with the request's target; rows: prompts per pass."""
+        if isinstance(inp, CaptumTextTemplateInput):
+            check_template(inp)
+        inp = with_baselines(inp, baselines, model)
+        prompt = prompt_ids(inp, None, tokenizer, input_device(model))
+        prepared = prepare(model, tokenizer, prompt[None], request)
+        prepared = prepared.probed(use_cache=reuse_prefix, product=False)
+        return cls(inp, tokenizer, PromptScorer(prepared, rows, show_progress))
 
-    def add(self, rows: Tensor) -> None:
+    @property
+    def output_tokens(self) -> list[str]:
+        return self.scorer.prepared.output_tokens
+
+    @property
+    def n_columns(self) -> int:
+        """The sequence and each target token."""
+        return 1 + len(self.scorer.target)
+
+    @property
+    def device(self) -> torch.device:
+        return self.scorer.reference.device
+
+    def drawn(self) -> MaskedPrompts:
+        """The same with a callable baseline drawn once, for all masks."""
+        task = self.scorer.prepared.task
+        return replace(self, inp=task.perturbed(drawn(self.inp), self.tokenizer))
+
+    def prompts(self, masks: Tensor) -> list[Prompt]:
+        """The prompts of masks (n_rows, n_features)."""
+        rows = [tuple(row) for row in (masks == 1).tolist()]
         for row in rows:
-            self._prompt(row)
+            if row not in self._prompts:
+                present = torch.tensor([row]).float()
+                ids = prompt_ids(self.inp, present, self.tokenizer, "cpu")
+                self._prompts[row] = tuple(ids.tolist())
+        return [self._prompts[row] for row in rows]
 
-    def score(self) -> None:
-        """Score all prompts that have no score yet, each once."""
-        new = self._unscored
-        if not new:
-            return
-        longest = max(new.values(), key=len)
-        forcing = self.scorer.forcing
-        prompt = prompt_in(forcing.model, longest)
-        check_context(replace(forcing, prompt_ids=prompt[None]))
-        with tqdm(total=len(new), disable=not self.show_progress, desc="prompts") as bar:
-            self.scorer.advance = bar.update
-            self.known.update(zip(new, self.scorer.scores(list(new.values())), strict=True))
-        self._unscored = {}
+    def prefetch(self, masks: Tensor) -> None:
+        """Score the prompts of masks that are asked for later, in as few passes as it takes."""
+        self.scorer.scores(self.prompts(masks))
 
-    def found(self, row: Tensor) -> Tensor:
-        """(2, 1 + n_output): scores and log probabilities; scored now if it was not foreseen."""
-        key = self._prompt(row)[0]
-        if key not in self.known:
-            self.score()
-        return self.known[key]
-
-    def _prompt(self, row: Tensor) -> tuple[Key, Tensor]:
-        """The prompt of a row, after what it is known by."""
-        present = tuple((row == 1).tolist())
-        if present not in self._prompts:
-            device = self.scorer.reference.device
-            prompt = prompt_ids(self.inp, row[None], self.tokenizer, device)
-            key = tuple(prompt.tolist())
-            self._prompts[present] = key, prompt
-            if key not in self.known:
-                self._unscored[key] = prompt
-        return self._prompts[present]
+    def scores(self, masks: Tensor) -> Tensor:
+        """(n_rows, 1 + n_output) of masks (n_rows, n_features); each prompt is scored once."""
+        prompts = self.prompts(masks)
+        scores, log_probs = self.scorer.scores(prompts).unbind(1)
+        if self.inspect is not None:
+            response = self.tokenizer.decode(self.scorer.target.ids)
+            for prompt, probabilities in zip(prompts, log_probs.exp().tolist(), strict=True):
+                shown = probabilities[: self.n_inspected]
+                self.inspect(self.tokenizer.decode(list(prompt)), response, shown)
+        return scores
 
 
-def teacher_forcing(
-    model: nn.Module, tokenizer: Any, inp: InterpretableInput, request: Request
-) -> TeacherForcing:
-    """The whole prompt of an input with the target that is given, or that the model generates."""
-    device = getattr(model, "device", None) or next(model.parameters()).device
-    device = input_device(model, device)
-    prompt = prompt_ids(inp, None, tokenizer, device)
-    forcing = task_of(model).forcing(model, tokenizer, prompt[None], request)
-    check_ids(forcing)
-    check_context(forcing)
-    return forcing
+@dataclass(frozen=True)
+class MaskedPicture:
+    """A picture by which of its segments are present, scored by Captum's forward, row by row.
+
+    forward: from a mask (1, n_features) to the scores of the sequence and of target tokens.
+    """
+
+    inp: ImageMaskInput
+    forward: Callable[[Tensor], Tensor]
+    output_tokens: list[str]
+    n_columns: int
+    device: torch.device
+
+    def drawn(self) -> MaskedPicture:
+        return self
+
+    def prefetch(self, masks: Tensor) -> None:
+        """Nothing is gained by scoring pictures ahead."""
+
+    def scores(self, masks: Tensor) -> Tensor:
+        return torch.stack([self.forward(mask[None]).flatten() for mask in masks])
 
 
-def prompt_scorer(
-    forcing: TeacherForcing, reuse_prefix: bool = True, rows: int | None = None
-) -> PromptScorer:
-    """The scorer of prompts that resemble this one, `rows` at a time."""
-    probe = probed(forcing, use_cache=reuse_prefix and keeps_cache(forcing.model))
-    return PromptScorer(forcing, probe, check_causal(forcing, probe, product=False), rows)
+Masked: TypeAlias = MaskedPrompts | MaskedPicture

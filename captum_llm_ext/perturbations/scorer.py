@@ -7,19 +7,22 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from captum_llm_ext.inputs.targets import Target
-from captum_llm_ext.model.adapter import Adapter, prompt_in
-from captum_llm_ext.model.layers import accepts, output_head
+from captum_llm_ext.model.adapter import Adapter, layout_of
 from captum_llm_ext.model.memory import Halving, free_bytes
-from captum_llm_ext.model.prefix_cache import FEWEST_REUSED, PrefixCache, can_be_cut
+from captum_llm_ext.model.layers import accepts, output_head
+from captum_llm_ext.model.prefix_cache import PrefixCache, can_be_cut
 from captum_llm_ext.model.quantized import quantizes_activations
+from captum_llm_ext.scoring.checks import check_context
+from captum_llm_ext.scoring.preparation import FEWEST_REUSED, Prepared
 from captum_llm_ext.scoring.teacher_forcing import (
     PASS_OVERHEAD,
     Pass,
@@ -32,23 +35,31 @@ logger = logging.getLogger(__name__)
 
 MOST_ROWS = 256  # per pass, however short the prompts are
 
+Prompt: TypeAlias = tuple[int, ...]  # token ids
+
 
 @dataclass
 class PromptScorer:
-    """Scores of a target after many prompts that resemble a reference prompt.
+    """Scores of a target after prompts that resemble a reference prompt, each scored once.
 
-    forcing: the model, the reference prompt and the target; probe: the pass over them, with the
-    cache if prefixes are to be reused; causal: whether one pass scores all target tokens; rows:
-    prompts per pass, or None for as many as the device works on well; advance: told how many
-    prompts were scored.
+    prepared: the reference prompt with the target, probed, with the cache if prefixes are to be
+    reused; rows: prompts per pass, or None for as many as the device works on well.
     """
 
-    forcing: TeacherForcing
-    probe: Pass
-    causal: bool = True
+    prepared: Prepared
     rows: int | None = None
-    advance: Callable[[int], Any] = lambda prompts: None
+    show_progress: bool = False
+    _scores: dict[Prompt, Tensor] = field(default_factory=dict, init=False)
     _halving: Halving = field(default_factory=Halving, init=False)
+
+    @property
+    def forcing(self) -> TeacherForcing:
+        return self.prepared.forcing
+
+    @property
+    def probe(self) -> Pass:
+        assert self.prepared.probe is not None
+        return self.prepared.probe
 
     @property
     def model(self) -> nn.Module:
@@ -62,33 +73,44 @@ class PromptScorer:
     def reference(self) -> Tensor:
         return self.forcing.prompt_ids[0]
 
-    def scores(self, prompts: Sequence[Tensor]) -> Tensor:
-        """(n_prompts, 2, 1 + n_output): the scores asked for, and the log probabilities; of the
-        sequence first, then of each target token.
+    def scores(self, prompts: Sequence[Prompt]) -> Tensor:
+        """(n_prompts, 2, 1 + n_output): the scores of the request, and the log probabilities; of
+        the sequence first, then of each target token."""
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._scores]
+        if new:
+            layout, device = layout_of(self.model), self.reference.device
+            rows = [layout.prompt(torch.tensor(prompt, device=device)) for prompt in new]
+            longest = max(rows, key=len)
+            check_context(replace(self.forcing, prompt_ids=longest[None]))
+            with tqdm(total=len(new), disable=not self.show_progress, desc="prompts") as bar:
+                self._scores.update(zip(new, self._score(rows, bar.update), strict=True))
+        return torch.stack([self._scores[prompt] for prompt in prompts])
+
+    def _score(self, prompts: list[Tensor], advance: Callable[[int], Any]) -> Tensor:
+        """(n_prompts, 2, 1 + n_output).
 
         The reference goes along in the batches. Where it gets another score there than by
         itself, the model does not batch or reuse its cache rightly, and a plainer way is taken.
         """
-        prompts = [prompt_in(self.model, prompt) for prompt in prompts]
         together, reference = _with_reference(prompts, self.reference)
         for score in self._ways():
-            found = score(together)
-            if self._agrees(found[reference, 1]):
-                return found[: len(prompts)]
+            scores = score(together, advance)
+            if self._agrees(scores[reference, 1]):
+                return scores[: len(prompts)]
             logger.warning("the model's batches or cache change its scores: taking a slower way")
-        return torch.stack([self._alone(prompt) for prompt in prompts])
+        return torch.stack([self._alone(prompt, advance) for prompt in prompts])
 
-    def _ways(self) -> Iterator[Callable[[Sequence[Tensor]], Tensor]]:
-        if not (self.causal and self._takes_rows()) or quantizes_activations(self.model):
+    def _ways(self) -> Iterator[Callable[..., Tensor]]:
+        if not self.prepared.causal or not self._takes_rows() or quantizes_activations(self.model):
             return
         if can_be_cut(self.probe.cache):
-            length = self.forcing.ids.size(1)
+            length = self.forcing.row.length
             cache = PrefixCache(self.model, self.reference, self.probe.cache, length)
             yield partial(self._in_batches, cache=cache)
         yield self._in_batches
 
     def _takes_rows(self) -> bool:
-        """Whether the model takes several rows; what is not of transformers is asked."""
+        """Whether the model takes several rows; one that is not of transformers is tried."""
         if isinstance(self.model, PreTrainedModel | Adapter):
             return True
         try:
@@ -98,37 +120,39 @@ class PromptScorer:
             return False
         return True
 
-    def _agrees(self, found: Tensor) -> bool:
-        truth = read_scores(self.probe)[0, 1]
-        allowed = self.probe.tolerance * truth.abs().max().clamp(min=1)
-        return bool((found - truth).abs().max() <= allowed)
+    def _agrees(self, log_probs: Tensor) -> bool:
+        expected = read_scores(self.probe)[0, 1]
+        allowed = self.probe.tolerance * expected.abs().max().clamp(min=1)
+        return bool((log_probs - expected).abs().max() <= allowed)
 
-    def _alone(self, prompt: Tensor) -> Tensor:
+    def _alone(self, prompt: Tensor, advance: Callable[[int], Any]) -> Tensor:
         """(2, 1 + n_output) after one prompt, in one pass, or token by token."""
-        self.advance(1)
+        advance(1)
         if isinstance(self.model, Adapter):
             return self._batch([prompt], 0, None, slice(0, 1))[0]
         forcing = replace(self.forcing, prompt_ids=prompt[None])
-        passes = [
-            forcing.run(forcing.fed(forcing.ids, s), s)
-            for s in forcing.spans(False, 1, self.causal)
-        ]
-        logits = torch.cat([p.logits for p in passes], dim=1)
+        spans = forcing.spans(False, 1, self.prepared.causal)
+        logits = torch.cat([forcing.run(forcing.fed(s), s).logits for s in spans], dim=1)
         return read_scores(replace(self.probe, logits=logits))[0]
 
-    def _in_batches(self, prompts: Sequence[Tensor], cache: PrefixCache | None = None) -> Tensor:
+    def _in_batches(
+        self,
+        prompts: Sequence[Tensor],
+        advance: Callable[[int], Any],
+        cache: PrefixCache | None = None,
+    ) -> Tensor:
         shared = [_shared(p, self.reference) if cache else 0 for p in prompts]
         lengths = [len(prompt) for prompt in prompts]
         limit = tokens_per_pass(self.reference.device)
         scores: dict[int, Tensor] = {}
         most = self._most_rows()
         for batch in batches(lengths, shared, len(self.target), limit, self.rows, most):
-            cut = min(shared[i] for i in batch)
-            cut = cut if cut >= FEWEST_REUSED else 0
-            score = partial(self._batch, [prompts[i] for i in batch], cut, cache)
-            found = torch.cat(self._halving(score, len(batch)))
-            scores.update(zip(batch, found, strict=True))
-            self.advance(len(batch))
+            n_cached = min(shared[i] for i in batch)
+            n_cached = n_cached if n_cached >= FEWEST_REUSED else 0
+            score = partial(self._batch, [prompts[i] for i in batch], n_cached, cache)
+            rows = torch.cat(self._halving(score, len(batch)))
+            scores.update(zip(batch, rows, strict=True))
+            advance(len(batch))
         return torch.stack([scores[i] for i in range(len(prompts))])
 
     def _most_rows(self) -> int:
@@ -138,32 +162,34 @@ class PromptScorer:
         return MOST_ROWS if free is None else max(1, min(MOST_ROWS, free // 2 // row))
 
     def _batch(
-        self, batch: list[Tensor], cut: int, cache: PrefixCache | None, part: slice
+        self, batch: list[Tensor], n_cached: int, cache: PrefixCache | None, part: slice
     ) -> Tensor:
         """(rows, 2, 1 + n_output) after a part of the prompts."""
         if isinstance(self.model, Adapter):
             logits = self.model.logits_after(batch[part], self.target.fed)
         else:
-            logits = self._continued(batch[part], cut, cache)
+            logits = self._continued(batch[part], n_cached, cache)
         return read_scores(Pass(self.target, self.forcing.whole, logits))
 
-    def _continued(self, prompts: list[Tensor], cut: int, cache: PrefixCache | None) -> Tensor:
+    def _continued(
+        self, prompts: list[Tensor], n_cached: int, cache: PrefixCache | None
+    ) -> Tensor:
         """Logits (rows, n_output, vocabulary), the prompts padded on the right, where no token
         looks."""
-        continued = self.target.ids[:-1]
-        ids = pad_sequence([torch.cat([p[cut:], continued]) for p in prompts], batch_first=True)
-        last = torch.tensor([len(p) - cut - 1 for p in prompts], device=ids.device)
-        places = last[:, None] + torch.arange(len(self.target), device=ids.device)
+        rows = [torch.cat([prompt[n_cached:], self.target.fed]) for prompt in prompts]
+        ids = pad_sequence(rows, batch_first=True)
+        last = torch.tensor([len(p) - n_cached - 1 for p in prompts], device=ids.device)
+        positions = last[:, None] + torch.arange(len(self.target), device=ids.device)
         options: dict[str, Any] = {"use_cache": False} if accepts(self.model, "use_cache") else {}
-        if cut and cache is not None:
-            options = {"use_cache": True, "past_key_values": cache.at(cut, len(prompts))}
-        with _head_reads_only(self.model, places):
+        if n_cached and cache is not None:
+            options = {"use_cache": True, "past_key_values": cache.at(n_cached, len(prompts))}
+        with _head_reads_only(self.model, positions):
             logits = read_logits(self.model(ids, **options))
-        return logits if logits.size(1) == places.size(1) else _take(logits, places)
+        return logits if logits.size(1) == positions.size(1) else _take(logits, positions)
 
 
 def read_scores(scored: Pass) -> Tensor:
-    """(rows, 2, 1 + n_output): the scores asked for and the log probabilities, sequence first."""
+    """(rows, 2, 1 + n_output): the target's scores and log probabilities, the sequence first."""
     kinds = (scored, replace(scored, target=scored.target.as_log_prob()))
     parts = [torch.cat([p.sequence_score()[:, None], p.token_scores()], dim=1) for p in kinds]
     return torch.stack(parts, dim=1)
@@ -198,35 +224,31 @@ def batches(
         cost, start = min(options)
         best.append(cost)
         first.append(start)
-    return _between(order, first)
-
-
-def _between(order: list[int], first: list[int]) -> list[list[int]]:
-    """The batches of `order`, where the last of the prompts before `end` begins at first[end]."""
-    found, end = [], len(order)
+    # The last batch of the prompts before `end` begins at first[end].
+    parts, end = [], len(order)
     while end:
-        found.append(order[first[end] : end])
+        parts.append(order[first[end] : end])
         end = first[end]
-    return found[::-1]
+    return parts[::-1]
 
 
 @contextmanager
-def _head_reads_only(model: nn.Module, places: Tensor) -> Iterator[None]:
-    """Compute logits at `places` (rows, n) only: over a vocabulary they are dear."""
+def _head_reads_only(model: nn.Module, positions: Tensor) -> Iterator[None]:
+    """Compute logits at `positions` (rows, n) only: over a vocabulary they are dear."""
     head = output_head(model)
     if head is None:
         yield
         return
-    hook = head.register_forward_pre_hook(lambda _, args: (_take(args[0], places), *args[1:]))
+    hook = head.register_forward_pre_hook(lambda _, args: (_take(args[0], positions), *args[1:]))
     try:
         yield
     finally:
         hook.remove()
 
 
-def _take(values: Tensor, places: Tensor) -> Tensor:
-    """values (rows, length, …) at places (rows, n)."""
-    index = places.to(values.device)[..., None].expand(-1, -1, values.size(-1))
+def _take(values: Tensor, positions: Tensor) -> Tensor:
+    """values (rows, length, …) at positions (rows, n)."""
+    index = positions.to(values.device)[..., None].expand(-1, -1, values.size(-1))
     return values.gather(1, index)
 
 

@@ -1,46 +1,38 @@
-"""`LLMAttribution`: asks Captum's method which perturbations it wants, and scores them together."""
+"""`LLMAttribution`: a perturbation method on the masked prompts of a language model."""
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
-from collections.abc import Callable, Sequence
-from copy import copy, deepcopy
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from captum.attr import FeatureAblation, KernelShap, Lime
-from torch import Tensor
+from torch import Tensor, nn
 
 from captum_llm_ext.compat import (
     CaptumLLMAttribution,
-    CaptumTextTemplateInput,
     ImageMaskInput,
     InterpretableInput,
     PerturbationAttribution,
-    default_perturb_func,
+    _convert_ids_to_pretty_tokens,
 )
 from captum_llm_ext.inputs.baselines import BaselineSpec
 from captum_llm_ext.inputs.targets import PERTURBATION_TARGETS, check_attr_target
-from captum_llm_ext.inputs.templates import check_template, drawn
-from captum_llm_ext.inputs.tokens import with_baselines
-from captum_llm_ext.model.layers import input_device
 from captum_llm_ext.model.quantized import quietly
-from captum_llm_ext.model.random_state import same_random_state
+from captum_llm_ext.perturbations.captum_methods import CaptumMethod, check_needs
 from captum_llm_ext.perturbations.masked_prompts import (
-    Coalitions,
-    prompt_scorer,
-    teacher_forcing,
+    InspectForward,
+    MaskedPicture,
+    MaskedPrompts,
 )
-from captum_llm_ext.perturbations.two_stage import TwoStageAblation
+from captum_llm_ext.perturbations.method import PerturbationMethod
+from captum_llm_ext.registry import METHODS, PERTURBATION, load, method_named, methods_of
 from captum_llm_ext.results import LLMAttributionResult
-from captum_llm_ext.scoring.checks import (
-    check_counts,
-    warn_of_dropout,
-)
-from captum_llm_ext.scoring.tasks import Request, task_of
+from captum_llm_ext.scoring.checks import check_counts
+from captum_llm_ext.scoring.tasks import Request
 
-# Arguments of Captum's methods that this class gives itself.
+# Arguments of a method's `attribute` that this class gives.
 RESERVED = {
     "inputs",
     "target",
@@ -48,28 +40,33 @@ RESERVED = {
     "additional_forward_args",
     "perturbations_per_eval",
     "show_progress",
-    "kwargs",
 }
-
-# Methods whose later perturbations depend on the scores of the first ones, and what asks for those.
-STAGED = {TwoStageAblation: FeatureAblation}
-
-InspectForward = Callable[[str, str, list[float]], None]
 
 
 class LLMAttribution(CaptumLLMAttribution):
     """Perturbation attribution of language models, right on transformers 5 and in batches.
 
     A drop-in replacement for ``captum.attr.LLMAttribution``. The model may also be an
-    encoder-decoder model, or a question answering model; of the latter an absent part keeps its
+    encoder-decoder model, or a question answering model; an absent part of the latter keeps its
     places, with as many tokens of its baseline or else mask tokens in them, so that the answer's
     positions stay.
 
     Args:
-        attr_method: `FeatureAblation`, `ShapleyValueSampling`, `ShapleyValues`, `Lime` or
-            `KernelShap` (Captum's classes) or `TwoStageAblation`, made with the model. Lime and
-            KernelShap need scikit-learn (the extra ``lime``) and give the sequence attribution
-            alone.
+        attr_method: made with the model, one of
+
+            - Captum's `FeatureAblation`, `ShapleyValueSampling`, `ShapleyValues`, `Lime` or
+              `KernelShap`, or a subclass of one. Lime and KernelShap need scikit-learn (the extra
+              ``lime``) and give the sequence attribution alone.
+            - `TwoStageAblation`, or another `PerturbationMethod`: a generator of masks.
+            - a subclass of ``captum.attr._utils.attribution.PerturbationAttribution``. Its
+              ``forward_func`` takes masks (n_rows, n_features) and gives scores
+              (n_rows, 1 + n_output), the sequence's first, each time it is called; its later masks
+              may depend on the scores. Of its attributions (1 + n_output, n_features) the later
+              rows are `token_attr`; attributions (n_features,) are of the sequence, and
+              `token_attr` is None. Two attributes of the class are optional:
+              ``repeatable_masks = True`` says that the masks depend neither on the scores nor on a
+              random generator of its own; `attribute` then runs twice, and all its prompts are
+              scored together. ``token_rows = False`` asks for scores (n_rows,) of the sequence.
         tokenizer: the model's tokenizer.
         attr_target: what is attributed of each target token: "log_prob" (natural logarithm, the
             default), "prob", "logit" or "rank" (minus the number of likelier tokens, so that an
@@ -90,10 +87,14 @@ class LLMAttribution(CaptumLLMAttribution):
         torch.Size([1, 1])
     """
 
-    SUPPORTED_METHODS = (*CaptumLLMAttribution.SUPPORTED_METHODS, *STAGED)
+    SUPPORTED_METHODS = (
+        *(load(method.path) for method in methods_of(PERTURBATION).values()),
+        PerturbationMethod,
+        PerturbationAttribution,
+    )
     SUPPORTED_PER_TOKEN_ATTR_METHODS = (
         *CaptumLLMAttribution.SUPPORTED_PER_TOKEN_ATTR_METHODS,
-        *STAGED,
+        PerturbationMethod,
     )
 
     def __init__(
@@ -107,6 +108,47 @@ class LLMAttribution(CaptumLLMAttribution):
             raise ValueError(f"expected one of {names}; got {type(attr_method).__name__}")
         super().__init__(attr_method, tokenizer)
         self.attr_target = check_attr_target(attr_target, PERTURBATION_TARGETS)
+        ours = isinstance(attr_method, PerturbationMethod)
+        self._method = self.attr_method if ours else CaptumMethod(self.attr_method)
+        self.include_per_token_attr = self._method.token_rows
+
+    @classmethod
+    def of_method(
+        cls, name: str, model: nn.Module, tokenizer: Any, layers: Any, settings: Mapping[str, Any]
+    ) -> LLMAttribution:
+        """The wrapper of a method by its name, made with settings of the method and its own.
+
+        Raises:
+            ValueError: layers, which perturbation methods do not have, or an unknown name.
+        """
+        method = method_named(name)
+        if layers is not None:
+            layered = [key for key, row in METHODS.items() if row.wrapped_by.has_layers]
+            raise ValueError(
+                f"{name} perturbs the prompt and has no layers: leave out layers, or choose one of "
+                f"{', '.join(layered)}"
+            )
+        of_method = {key: value for key, value in settings.items() if key in method.settings}
+        of_wrapper = {key: value for key, value in settings.items() if key not in of_method}
+        return cls(load(method.path)(model, **of_method), tokenizer, **method.fixed, **of_wrapper)
+
+    def method_options(self) -> set[str]:
+        """The keywords of `attribute` that belong to the wrapped method."""
+        parameters = inspect.signature(self.attr_method.attribute).parameters.values()
+        variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        return {one.name for one in parameters if one.kind not in variable} - RESERVED
+
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        """Refuse options that the wrapped method does not have.
+
+        Raises:
+            TypeError: the message lists those that it has.
+        """
+        if unknown := sorted(set(options) - self.method_options()):
+            raise TypeError(
+                f"{type(self.attr_method).__name__} does not take {', '.join(unknown)} "
+                f"(its own: {', '.join(sorted(self.method_options()))})"
+            )
 
     def attribute(
         self,
@@ -132,20 +174,21 @@ class LLMAttribution(CaptumLLMAttribution):
         Args:
             inp: a `TextTokenInput`, `TextTemplateInput` or `ImageMaskInput`.
             target: a string (encoded without special tokens), a 1-D tensor of token ids, or None
-                to let the model generate it. Of a question answering model: an answer, of which
-                the first place in the context counts, the positions (start, end) of its tokens in
-                the prompt, or None for the likeliest span of the context.
-            num_trials: average over so many trials; a callable baseline is drawn once in each.
+                to let the model generate it. A question answering model takes an answer, whose
+                first place in the context counts, the positions (start, end) of its tokens in the
+                prompt, or None for the likeliest span of the context.
+            num_trials: how many trials are averaged; a callable baseline is drawn once in each.
             gen_args: arguments of ``model.generate`` when `target` is None. Default: greedy, 25
                 new tokens.
             use_cached_outputs: accepted for Captum's sake; the result does not depend on it.
             _inspect_forward: called with (prompt, target, probabilities of the sequence and of
                 each token) for every perturbation that the method asks for.
             forward_in_tokens: accepted for Captum's sake; the result does not depend on it.
-            baselines: for a token input, instead of its own: a token id, a token string, "pad",
-                "eos", "unk", "nearest", ("nearest", n), ("text", a text) or a tensor of ids.
+            baselines: what a token input has in place of its own baselines: a token id, a token
+                string, "pad", "eos", "unk", "nearest", ("nearest", n), ("text", a text) or a
+                tensor of ids.
             contrast_target: attribute score(target) − score(contrast) instead, at the same places
-                and after the target's own tokens; as many tokens as the target, or one.
+                and after the target's tokens; as many tokens as the target, or one.
             skip_tokens: ids or strings of tokens to leave out of a given target, as in Captum 0.8
                 (a string is encoded without special tokens in any case).
             perturbations_per_eval: accepted for Captum's sake; see `internal_batch_size`.
@@ -153,14 +196,16 @@ class LLMAttribution(CaptumLLMAttribution):
             reuse_prefix: take what a prompt shares with the unperturbed one from the key/value
                 cache.
             show_progress: show a progress bar.
-            **kwargs: the method's own, such as `n_samples`.
+            **kwargs: options of the method, such as `n_samples`.
 
         Returns:
-            An `LLMAttributionResult`: `seq_attr` (n_input,) and, but for Lime and KernelShap,
-            `token_attr` (n_output, n_input), in units of the score.
+            An `LLMAttributionResult`: `seq_attr` (n_input,) and `token_attr` (n_output, n_input),
+            in units of the score. `token_attr` is None for Lime, KernelShap and other methods that
+            have no rows per token.
 
         Raises:
             ValueError: an argument that has no meaning; the message says what was expected.
+            TypeError: an option that the method does not have.
             ImportError: Lime or KernelShap without scikit-learn.
         """
         check_counts(
@@ -169,147 +214,64 @@ class LLMAttribution(CaptumLLMAttribution):
             internal_batch_size=internal_batch_size,
             n_samples=kwargs.get("n_samples"),
         )
-        self._check_method(inp, kwargs)
-        if isinstance(inp, ImageMaskInput):
-            if self.attr_target not in ("log_prob", "prob") or contrast_target is not None:
-                raise ValueError("an ImageMaskInput takes attr_target 'log_prob' or 'prob' alone")
-            if baselines is not None or skip_tokens:
-                raise ValueError("an ImageMaskInput has its own baseline and no skip_tokens")
-            by_token = _inspect_forward is not None  # Captum inspects on that path alone
-            return self._as_captum(
-                inp,
-                target,
-                num_trials,
-                gen_args,
-                use_cached_outputs=False,
-                _inspect_forward=_inspect_forward,
-                forward_in_tokens=by_token,
-                **kwargs,
-            )
+        self.check_options(kwargs)
+        self._check_input(inp)
+        request = Request(target, gen_args, contrast_target, self.attr_target, skip_tokens)
         with torch.inference_mode(False), torch.no_grad(), quietly():
-            if isinstance(inp, CaptumTextTemplateInput):
-                check_template(inp)
-            inp = with_baselines(inp, baselines, self.model)
-            task = task_of(self.model)
-            request = Request(target, gen_args, contrast_target, self.attr_target, skip_tokens)
-            forcing = teacher_forcing(self.model, self.tokenizer, inp, request)
-            warn_of_dropout(forcing)
-            tokens = task.names(forcing, self.tokenizer)
-            scorer = prompt_scorer(forcing, reuse_prefix, internal_batch_size)
-            staged = type(self.attr_method) in STAGED
-            at_once = inp.n_itp_features if staged else perturbations_per_eval
-            kwargs["perturbations_per_eval"] = at_once
-            known: dict[tuple[int, ...], Tensor] = {}
-            trials = []
-            for _ in range(num_trials):
-                perturbed = task.perturbed(drawn(inp), self.tokenizer)
-                asked = Coalitions(perturbed, self.tokenizer, scorer, known, show_progress)
-                if self._repeats_itself():
-                    self._collect(asked, kwargs)
-                    asked.score()
-                trials.append(self._attribute_once(asked, _inspect_forward, kwargs))
-            return self._result(torch.stack(trials).mean(0), inp, tokens)
-
-    def _as_captum(self, inp: ImageMaskInput, *args: Any, **kwargs: Any) -> LLMAttributionResult:
-        """Captum's own path, one pass per perturbation, for inputs that are more than token ids."""
-        result = super().attribute(inp, *args, **kwargs)
+            if isinstance(inp, ImageMaskInput):
+                masked: Any = self._masked_picture(inp, request, baselines, _inspect_forward)
+            else:
+                masked = MaskedPrompts.of(
+                    self.model,
+                    self.tokenizer,
+                    inp,
+                    request,
+                    baselines,
+                    reuse_prefix,
+                    internal_batch_size,
+                    show_progress,
+                )
+                masked.inspect = _inspect_forward
+                masked.n_inspected = None if self.include_per_token_attr else 1
+            options = {**kwargs, "perturbations_per_eval": perturbations_per_eval}
+            trials = [
+                self._method.attribute_masked(masked.drawn(), **options) for _ in range(num_trials)
+            ]
+            attr = inp.format_attr(torch.stack(trials).float().mean(0))
         return LLMAttributionResult(
-            seq_attr=result.seq_attr,
-            token_attr=result.token_attr,
-            input_tokens=result.input_tokens,
-            output_tokens=result.output_tokens,
-            inp=inp,
+            seq_attr=attr[0],
+            token_attr=attr[1:] if len(attr) > 1 else None,
+            input_tokens=list(inp.values),
+            output_tokens=masked.output_tokens,
+            inp=masked.inp,
         )
 
-    def _check_method(self, inp: InterpretableInput, options: dict[str, Any]) -> None:
-        name = type(self.attr_method).__name__
-        known = set(inspect.signature(self.attr_method.attribute).parameters) - RESERVED
-        if unknown := sorted(set(options) - known):
-            raise TypeError(
-                f"{name} does not take {', '.join(unknown)} (its own: {', '.join(sorted(known))})"
-            )
+    def _check_input(self, inp: InterpretableInput) -> None:
         if not isinstance(inp, self.SUPPORTED_INPUTS):
             kinds = ", ".join(kind.__name__ for kind in self.SUPPORTED_INPUTS)
             raise ValueError(f"expected one of {kinds}; got {type(inp).__name__}")
         if inp.n_itp_features == 0:
             raise ValueError("the input has no features: all its tokens are skipped")
-        if isinstance(self.attr_method, Lime) and importlib.util.find_spec("sklearn") is None:
-            raise ImportError(
-                f"{name} needs scikit-learn: pip install 'captum-llm-ext[lime]'", name="sklearn"
-            )
-        if isinstance(self.attr_method, KernelShap) and inp.n_itp_features < 2:
-            raise ValueError(f"{name} needs at least 2 features, got {inp.n_itp_features}")
+        check_needs(self.attr_method, inp.n_itp_features)
 
-    def _repeats_itself(self) -> bool:
-        """Whether the method draws from the global random state alone, and so can run twice."""
-        own_draws = getattr(self.attr_method, "perturb_func", None)
-        return isinstance(self.attr_method, KernelShap) or own_draws in (None, default_perturb_func)
-
-    def _collect(self, asked: Coalitions, kwargs: dict[str, Any]) -> None:
-        """Let the method run on scores of zero, to learn which perturbations it wants.
-
-        They do not depend on the scores (of a method in stages, the first ones), and the random
-        state is put back, so that it wants the same ones when it runs in earnest.
-        """
-        width = 1 + len(asked.scorer.target) if self.include_per_token_attr else None
-
-        def zeros(rows: Tensor) -> Tensor:
-            asked.add(rows)
-            return torch.zeros((len(rows), width) if width else len(rows), device=rows.device)
-
-        with same_random_state():
-            self._run(zeros, asked.inp, kwargs, rehearsal=True)
-
-    def _attribute_once(
-        self, asked: Coalitions, inspect: InspectForward | None, kwargs: dict[str, Any]
-    ) -> Tensor:
-        """Attributions (1 + n_output or 1, n_features) of one trial."""
-
-        def scores(rows: Tensor) -> Tensor:
-            asked.add(rows)  # so that what was not foreseen is scored together
-            found = [asked.found(row) for row in rows]
-            if inspect is not None:
-                self._inspect(inspect, asked, rows, found)
-            asked_for = torch.stack([one[0] for one in found]).to(rows.device)
-            return asked_for if self.include_per_token_attr else asked_for[:, 0]
-
-        attr = self._run(scores, asked.inp, kwargs)
-        return attr.detach().float().reshape(-1, asked.inp.n_itp_features)
-
-    def _run(
+    def _masked_picture(
         self,
-        forward: Callable[[Tensor], Tensor],
-        inp: Any,
-        kwargs: dict[str, Any],
-        rehearsal: bool = False,
-    ) -> Tensor:
-        method = copy(self.attr_method)
-        if rehearsal and type(method) in STAGED:
-            method = STAGED[type(method)](forward)
-        method.forward_func = forward
-        if rehearsal and isinstance(method, Lime):  # its surrogate must not learn from zeros
-            method.interpretable_model = deepcopy(method.interpretable_model)
-        present = inp.to_tensor().to(input_device(self.model, self.device))
-        result: Tensor = method.attribute(present, **kwargs)
-        return result
-
-    def _inspect(
-        self, inspect: InspectForward, asked: Coalitions, rows: Tensor, found: list[Tensor]
-    ) -> None:
-        response = self.tokenizer.decode(asked.scorer.target.ids)
-        for row, one in zip(rows, found, strict=True):
-            probabilities = one[1].exp().tolist()
-            kept = probabilities if self.include_per_token_attr else probabilities[:1]
-            inspect(self.tokenizer.decode(asked.prompt(row)), response, kept)
-
-    def _result(
-        self, attr: Tensor, inp: InterpretableInput, tokens: list[str]
-    ) -> LLMAttributionResult:
-        attr = inp.format_attr(attr)
-        return LLMAttributionResult(
-            seq_attr=attr[0],
-            token_attr=attr[1:] if self.include_per_token_attr else None,
-            input_tokens=list(inp.values),
-            output_tokens=tokens,
+        inp: ImageMaskInput,
+        request: Request,
+        baselines: BaselineSpec,
+        inspect_forward: InspectForward | None,
+    ) -> MaskedPicture:
+        if self.attr_target not in ("log_prob", "prob") or request.contrast is not None:
+            raise ValueError("an ImageMaskInput takes attr_target 'log_prob' or 'prob' alone")
+        if baselines is not None or request.skip_tokens:
+            raise ValueError("an ImageMaskInput has its own baseline and no skip_tokens")
+        ids = self._get_target_tokens(inp, request.target, request.gen_args)
+        forward = partial(
+            self._forward_func,
             inp=inp,
+            target_tokens=ids,
+            _inspect_forward=inspect_forward,
+            forward_in_tokens=inspect_forward is not None,  # Captum inspects on that path alone
         )
+        tokens = _convert_ids_to_pretty_tokens(ids, self.tokenizer)
+        return MaskedPicture(inp, forward, tokens, 1 + len(ids), self.device)
