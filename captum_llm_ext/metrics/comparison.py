@@ -16,21 +16,17 @@ from tqdm.auto import tqdm
 
 from captum_llm_ext.compat import CaptumTextTokenInput, InterpretableInput
 from captum_llm_ext.display import draw_measures
-from captum_llm_ext.explaining import (
-    GRADIENT_METHODS,
-    METHODS,
-    WITHOUT_BASELINES,
-    Prompt,
-    as_input,
-    explain,
-)
+from captum_llm_ext.explaining import Prompt, explain
 from captum_llm_ext.inputs.baselines import BaselineSpec
+from captum_llm_ext.inputs.prompts import as_input
 from captum_llm_ext.inputs.templates import drawn
 from captum_llm_ext.metrics.curves import FRACTIONS, MEASURES
 from captum_llm_ext.metrics.judging import Faithfulness
-from captum_llm_ext.metrics.removal import MOST_STEPS, Removal, feature_attr, open_coalitions
-from captum_llm_ext.perturbations.masked_prompts import Coalitions
+from captum_llm_ext.metrics.removal import MOST_STEPS, Removal, feature_attr, open_prompts
+from captum_llm_ext.perturbations.masked_prompts import MaskedPrompts
+from captum_llm_ext.registry import METHODS
 from captum_llm_ext.scoring.checks import check_counts
+from captum_llm_ext.scoring.tasks import Request
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -198,17 +194,15 @@ def compare_methods(
     pairs = list(zip(prompts, _targets(prompts, targets), strict=True))
     for number, (prompt, target) in enumerate(tqdm(pairs, disable=not show_progress)):
         inp = drawn(as_input(prompt, tokenizer))
-        asked = open_coalitions(
+        masked = open_prompts(
             model,
             tokenizer,
             inp,
-            target,
+            Request(target, gen_args if target is None else None, attr_target=attr_target),
             baselines if isinstance(inp, CaptumTextTokenInput) else None,
             rows=internal_batch_size,
-            gen_args=gen_args if target is None else None,
-            attr_target=attr_target,
         )
-        judged = _judged(model, tokenizer, inp, asked, named, removal, generator)
+        judged = _judged(model, tokenizer, inp, masked, named, removal, generator)
         rows += [{"prompt": number, **row} for row in judged]
     import pandas
 
@@ -219,7 +213,7 @@ def _judged(
     model: nn.Module,
     tokenizer: Any,
     inp: InterpretableInput,
-    asked: Coalitions,
+    masked: MaskedPrompts,
     methods: Mapping[str, Attribute],
     removal: Removal,
     generator: torch.Generator,
@@ -228,10 +222,10 @@ def _judged(
     attributions, seconds = [], []
     for method in methods.values():
         start = time.perf_counter()
-        result = method(model, tokenizer, inp, asked.scorer.target.ids.clone())
+        result = method(model, tokenizer, inp, masked.scorer.target.ids.clone())
         seconds.append(time.perf_counter() - start)
-        attributions.append(feature_attr(result, asked))
-    curves, random = removal.curves(asked, attributions, generator)
+        attributions.append(feature_attr(result, masked))
+    curves, random = removal.curves(masked, attributions, generator)
     for i, name in enumerate(methods):
         judged = Faithfulness(curves[i : i + 1], random)
         yield {"method": name, **_row(judged), "seconds": seconds[i]}
@@ -263,20 +257,18 @@ def _name(method: Method) -> str:
 def _as_function(method: Method, baselines: BaselineSpec) -> Attribute:
     if callable(method):
         return method
-    name, given = (method, {}) if isinstance(method, str) else method
+    name, options = (method, {}) if isinstance(method, str) else method
     if name not in METHODS:
         raise ValueError(f"expected a method among {', '.join(METHODS)}; got {name!r}")
+    row = METHODS[name]
 
     def attribute(
         model: nn.Module, tokenizer: Any, inp: InterpretableInput, target: Tensor
     ) -> CaptumLLMAttributionResult:
-        options: dict[str, Any] = dict(given)
-        if name in GRADIENT_METHODS:
-            options.setdefault("include_per_token_attr", False)
-        takes_baselines = name not in WITHOUT_BASELINES and isinstance(inp, CaptumTextTokenInput)
-        if baselines is not None and takes_baselines:
-            options.setdefault("baselines", baselines)
-        return explain(model, tokenizer, inp, target, name, **options)
+        defaults = dict(row.wrapped_by.sequence_only)
+        if baselines is not None and row.takes_baselines and isinstance(inp, CaptumTextTokenInput):
+            defaults["baselines"] = baselines
+        return explain(model, tokenizer, inp, target, name, **{**defaults, **options})
 
     return attribute
 

@@ -14,7 +14,8 @@ from captum_llm_ext.compat import InterpretableInput
 from captum_llm_ext.display import draw_removal_curves
 from captum_llm_ext.inputs.baselines import BaselineSpec
 from captum_llm_ext.metrics.curves import FRACTIONS, MEASURES, RemovalCurves
-from captum_llm_ext.metrics.removal import MOST_STEPS, Removal, feature_attr, open_coalitions
+from captum_llm_ext.metrics.removal import MOST_STEPS, Removal, feature_attr, open_prompts
+from captum_llm_ext.scoring.tasks import Request
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -64,19 +65,20 @@ class Faithfulness:
         0 is no better than random order; above 0 is better, for sufficiency too, whose sign is
         turned.
         """
-        own, random = self.curves.measures(), self.random.measures()
+        values, random = self.curves.measures(), self.random.measures()
         signs = {"sufficiency": -1.0}
         return {
-            name: signs.get(name, 1.0) * float(own[name] - random[name].mean()) for name in MEASURES
+            name: signs.get(name, 1.0) * float(values[name] - random[name].mean())
+            for name in MEASURES
         }
 
     def summary(self) -> dict[str, dict[str, float]]:
         """Measure → "value", "random" (mean over the random orders) and "spread" (their standard
         deviation, 0 for one), in units of the score."""
-        own, random = self.curves.measures(), self.random.measures()
+        values, random = self.curves.measures(), self.random.measures()
         return {
             name: {
-                "value": float(own[name]),
+                "value": float(values[name]),
                 "random": float(random[name].mean()),
                 "spread": float(random[name].std(correction=min(1, len(self.random) - 1))),
             }
@@ -89,10 +91,10 @@ class Faithfulness:
         Args:
             ax: axes to draw into; None (default) for a new figure.
         """
-        own, random = self.curves, self.random
+        curves, random = self.curves, self.random
         return draw_removal_curves(
-            (own.counts / own.counts[-1]).numpy(),
-            {"deletion": own.deletion[0].numpy(), "insertion": own.insertion[0].numpy()},
+            (curves.counts / curves.counts[-1]).numpy(),
+            {"deletion": curves.deletion[0].numpy(), "insertion": curves.insertion[0].numpy()},
             {"deletion": random.deletion.numpy(), "insertion": random.insertion.numpy()},
             ax,
         )
@@ -167,18 +169,16 @@ def faithfulness(
         True
     """
     removal = Removal(absolute, fractions, n_steps, n_random)
-    asked = open_coalitions(
+    prompts = open_prompts(
         model,
         tokenizer,
         result.inp if inp is None else inp,
-        target,
+        Request(target, contrast=contrast_target, attr_target=attr_target),
         baselines,
         reuse_prefix,
         internal_batch_size,
         show_progress,
-        attr_target=attr_target,
-        contrast=contrast_target,
     )
     generator = generator or torch.Generator().manual_seed(0)
-    attr = feature_attr(result, asked)
-    return Faithfulness(*removal.curves(asked, [attr], generator))
+    attr = feature_attr(result, prompts)
+    return Faithfulness(*removal.curves(prompts, [attr], generator))

@@ -14,12 +14,10 @@ from torch import Tensor, nn
 from captum_llm_ext.compat import CaptumTextTemplateInput, CaptumTextTokenInput, InterpretableInput
 from captum_llm_ext.inputs.baselines import BaselineSpec
 from captum_llm_ext.inputs.targets import PERTURBATION_TARGETS, captums_labels, check_attr_target
-from captum_llm_ext.inputs.templates import check_template, drawn
-from captum_llm_ext.inputs.tokens import with_baselines
 from captum_llm_ext.metrics.curves import FRACTIONS, RemovalCurves, removal_counts, removal_rows
-from captum_llm_ext.perturbations.masked_prompts import Coalitions, prompt_scorer, teacher_forcing
-from captum_llm_ext.scoring.checks import check_counts, warn_of_dropout
-from captum_llm_ext.scoring.tasks import Request, task_of
+from captum_llm_ext.perturbations.masked_prompts import MaskedPrompts
+from captum_llm_ext.scoring.checks import check_counts
+from captum_llm_ext.scoring.tasks import Request
 
 MOST_STEPS = 50
 
@@ -42,21 +40,21 @@ class Removal:
 
     def curves(
         self,
-        asked: Coalitions,
+        prompts: MaskedPrompts,
         attributions: Sequence[Tensor],
         generator: torch.Generator,
     ) -> tuple[RemovalCurves, RemovalCurves]:
         """The curves of attributions, each (n_features,), and those of random orders."""
-        own = torch.stack([order_of(attr, self.absolute) for attr in attributions])
-        n_features = own.size(1)
-        orders = torch.cat([own, random_orders(self.n_random, n_features, generator)])
+        orders = torch.stack([order_of(attr, self.absolute) for attr in attributions])
+        n_features = orders.size(1)
+        orders = torch.cat([orders, random_orders(self.n_random, n_features, generator)])
         counts = removal_counts(n_features, self.n_steps, self.fractions)
-        rows = removal_rows(orders, counts)
+        masks = removal_rows(orders, counts)
         with no_gradients():
-            scores = scored(asked, rows.flatten(0, 2))
-        deletion, insertion = scores.view(rows.shape[:3])
-        both = RemovalCurves(counts, deletion, insertion, tuple(self.fractions))
-        return both[: len(own)], both[len(own) :]
+            scores = sequence_scores(prompts, masks.flatten(0, 2))
+        deletion, insertion = scores.view(masks.shape[:3])
+        curves = RemovalCurves(counts, deletion, insertion, tuple(self.fractions))
+        return curves[: len(attributions)], curves[len(attributions) :]
 
 
 def order_of(attr: Tensor, absolute: bool = False) -> Tensor:
@@ -67,50 +65,48 @@ def order_of(attr: Tensor, absolute: bool = False) -> Tensor:
 def random_orders(n_orders: int, n_features: int, generator: torch.Generator) -> Tensor:
     """(n_orders, n_features) in pairs, an order and its reverse.
 
-    What the deletion curve of the one asks for, the insertion curve of the other asks for too.
+    The deletion curve of the one needs the prompts that the insertion curve of the other needs.
     """
     pairs = (n_orders + 1) // 2
-    drawn = [torch.randperm(n_features, generator=generator) for _ in range(pairs)]
-    both = torch.stack([torch.stack([order, order.flip(0)]) for order in drawn])
+    firsts = [torch.randperm(n_features, generator=generator) for _ in range(pairs)]
+    both = torch.stack([torch.stack([order, order.flip(0)]) for order in firsts])
     return both.flatten(0, 1)[:n_orders]
 
 
-def open_coalitions(
+def open_prompts(
     model: nn.Module,
     tokenizer: Any,
     inp: InterpretableInput | None,
-    target: str | Tensor | None,
+    request: Request,
     baselines: BaselineSpec = None,
     reuse_prefix: bool = True,
     rows: int | None = None,
     show_progress: bool = False,
-    **asked_for: Any,
-) -> Coalitions:
-    """What scores the input with any of its features absent; a callable baseline is drawn once.
-
-    `asked_for`: the other fields of a `Request`.
-    """
-    request = Request(target, **asked_for)
+) -> MaskedPrompts:
+    """The prompts of the input with any of its features absent, whose callable baseline is drawn
+    once; rows: prompts per pass."""
     check_attr_target(request.attr_target, PERTURBATION_TARGETS)
     check_counts(internal_batch_size=rows)
-    _check_input(inp)
+    if inp is None:
+        raise ValueError("the result does not know its input (result.inp is None): pass inp=")
+    if not isinstance(inp, CaptumTextTokenInput | CaptumTextTemplateInput):
+        raise TypeError(f"expected a TextTokenInput or TextTemplateInput, got {type(inp).__name__}")
+    if inp.n_itp_features == 0:
+        raise ValueError("the input has no features: all its tokens are skipped")
+    options = (reuse_prefix, rows, show_progress)
     with no_gradients():
-        fixed = task_of(model).perturbed(drawn(with_baselines(inp, baselines, model)), tokenizer)
-        forcing = teacher_forcing(model, tokenizer, fixed, request)
-        warn_of_dropout(forcing)
-        scorer = prompt_scorer(forcing, reuse_prefix, rows)
-        return Coalitions(fixed, tokenizer, scorer, show_progress=show_progress)
+        return MaskedPrompts.of(model, tokenizer, inp, request, baselines, *options).drawn()
 
 
-def feature_attr(result: CaptumLLMAttributionResult, asked: Coalitions) -> Tensor:
+def feature_attr(result: CaptumLLMAttributionResult, prompts: MaskedPrompts) -> Tensor:
     """(n_features,) the sequence attribution; of values in one mask, which share it, the first.
 
     Raises ValueError where the result is not of this input and target.
     """
-    _check_target(result, asked)
-    n_features = asked.inp.n_itp_features
-    masked = getattr(asked.inp, "mask", None) is not None
-    columns = list(asked.inp.formatted_mask if masked else range(n_features))
+    _check_target(result, prompts)
+    inp = prompts.inp
+    masked = getattr(inp, "mask", None) is not None
+    columns = list(inp.formatted_mask if masked else range(inp.n_itp_features))
     attr = torch.as_tensor(result.seq_attr).detach().double().cpu()
     if attr.shape != (len(columns),):
         raise ValueError(
@@ -119,7 +115,7 @@ def feature_attr(result: CaptumLLMAttributionResult, asked: Coalitions) -> Tenso
         )
     if not attr.isfinite().all():
         raise ValueError("the attribution has values that are not finite, which have no rank")
-    return attr[[columns.index(feature) for feature in range(n_features)]]
+    return attr[[columns.index(feature) for feature in range(inp.n_itp_features)]]
 
 
 @contextmanager
@@ -128,29 +124,15 @@ def no_gradients() -> Iterator[None]:
         yield
 
 
-def scored(asked: Coalitions, rows: Tensor) -> Tensor:
-    """(n_rows,) sequence scores, every distinct prompt scored once."""
-    asked.add(rows)
-    asked.score()
-    return torch.stack([asked.found(row)[0, 0].cpu() for row in rows]).double()
+def sequence_scores(prompts: MaskedPrompts, masks: Tensor) -> Tensor:
+    """(n_rows,) of masks (n_rows, n_features)."""
+    return prompts.scores(masks)[:, 0].cpu().double()
 
 
-def _check_input(inp: InterpretableInput | None) -> None:
-    if inp is None:
-        raise ValueError("the result does not know its input (result.inp is None): pass inp=")
-    if not isinstance(inp, CaptumTextTokenInput | CaptumTextTemplateInput):
-        raise TypeError(f"expected a TextTokenInput or TextTemplateInput, got {type(inp).__name__}")
-    if inp.n_itp_features == 0:
-        raise ValueError("the input has no features: all its tokens are skipped")
-    if isinstance(inp, CaptumTextTemplateInput):
-        check_template(inp)
-
-
-def _check_target(result: CaptumLLMAttributionResult, asked: Coalitions) -> None:
-    ids, shown = asked.scorer.target.ids.cpu(), list(result.output_tokens)
-    names = [str(token) for token in asked.tokenizer.convert_ids_to_tokens(ids.tolist())]
-    forcing, captums = asked.scorer.forcing, captums_labels(ids, asked.tokenizer)
-    if shown not in (names, captums, task_of(forcing.model).names(forcing, asked.tokenizer)):
+def _check_target(result: CaptumLLMAttributionResult, prompts: MaskedPrompts) -> None:
+    ids, shown = prompts.scorer.target.ids.cpu(), list(result.output_tokens)
+    names = [str(token) for token in prompts.tokenizer.convert_ids_to_tokens(ids.tolist())]
+    if shown not in (names, captums_labels(ids, prompts.tokenizer), prompts.output_tokens):
         raise ValueError(
             f"the result attributes {shown}, and the target is {names}: pass the target that was "
             "attributed"

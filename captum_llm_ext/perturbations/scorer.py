@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 
 from captum_llm_ext.inputs.targets import Target
 from captum_llm_ext.model.adapter import Adapter, layout_of
-from captum_llm_ext.model.memory import Halving, free_bytes
 from captum_llm_ext.model.layers import accepts, output_head
+from captum_llm_ext.model.memory import Halving, free_bytes
 from captum_llm_ext.model.prefix_cache import PrefixCache, can_be_cut
 from captum_llm_ext.model.quantized import quantizes_activations
 from captum_llm_ext.scoring.checks import check_context
@@ -171,9 +171,7 @@ class PromptScorer:
             logits = self._continued(batch[part], n_cached, cache)
         return read_scores(Pass(self.target, self.forcing.whole, logits))
 
-    def _continued(
-        self, prompts: list[Tensor], n_cached: int, cache: PrefixCache | None
-    ) -> Tensor:
+    def _continued(self, prompts: list[Tensor], n_cached: int, cache: PrefixCache | None) -> Tensor:
         """Logits (rows, n_output, vocabulary), the prompts padded on the right, where no token
         looks."""
         rows = [torch.cat([prompt[n_cached:], self.target.fed]) for prompt in prompts]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -116,7 +116,7 @@ class LLMAttribution(CaptumLLMAttribution):
     def of_method(
         cls, name: str, model: nn.Module, tokenizer: Any, layers: Any, settings: Mapping[str, Any]
     ) -> LLMAttribution:
-        """The wrapper of a method by its name, made with settings of the method and its own.
+        """The wrapper of a method of the registry, made with settings of both.
 
         Raises:
             ValueError: layers, which perturbation methods do not have, or an unknown name.
@@ -128,26 +128,25 @@ class LLMAttribution(CaptumLLMAttribution):
                 f"{name} perturbs the prompt and has no layers: leave out layers, or choose one of "
                 f"{', '.join(layered)}"
             )
-        of_method = {key: value for key, value in settings.items() if key in method.settings}
-        of_wrapper = {key: value for key, value in settings.items() if key not in of_method}
-        return cls(load(method.path)(model, **of_method), tokenizer, **method.fixed, **of_wrapper)
+        made_with = {key: settings[key] for key in method.settings if key in settings}
+        others = {key: value for key, value in settings.items() if key not in made_with}
+        return cls(load(method.path)(model, **made_with), tokenizer, **others)
 
     def method_options(self) -> set[str]:
-        """The keywords of `attribute` that belong to the wrapped method."""
-        parameters = inspect.signature(self.attr_method.attribute).parameters.values()
-        variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-        return {one.name for one in parameters if one.kind not in variable} - RESERVED
+        """The keywords of `attribute` that belong to the method."""
+        return _keywords(self.attr_method.attribute) - RESERVED
 
     def check_options(self, options: Mapping[str, Any]) -> None:
-        """Refuse options that the wrapped method does not have.
+        """Refuse options that neither `attribute` nor the method has.
 
         Raises:
-            TypeError: the message lists those that it has.
+            TypeError: the message lists the method's options.
         """
-        if unknown := sorted(set(options) - self.method_options()):
+        names = self.method_options()
+        if unknown := sorted(set(options) - names - _keywords(self.attribute)):
             raise TypeError(
                 f"{type(self.attr_method).__name__} does not take {', '.join(unknown)} "
-                f"(its own: {', '.join(sorted(self.method_options()))})"
+                f"(it takes {', '.join(sorted(names))})"
             )
 
     def attribute(
@@ -275,3 +274,9 @@ class LLMAttribution(CaptumLLMAttribution):
         )
         tokens = _convert_ids_to_pretty_tokens(ids, self.tokenizer)
         return MaskedPicture(inp, forward, tokens, 1 + len(ids), self.device)
+
+
+def _keywords(function: Callable[..., Any]) -> set[str]:
+    """The parameters of a function that have a name."""
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}

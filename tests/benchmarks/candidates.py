@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from captum_llm_ext import LLMAttributionResult, TextTokenInput, explain
 from captum_llm_ext.compat import CaptumTextTokenInput
-from captum_llm_ext.metrics.removal import no_gradients, open_coalitions, scored
+from captum_llm_ext.metrics.removal import no_gradients, open_prompts, sequence_scores
+from captum_llm_ext.scoring.tasks import Request
 
 Game: TypeAlias = Callable[[Tensor], Tensor]
 BASELINE = "pad"
@@ -87,12 +88,12 @@ CANDIDATES: dict[str, Callable[[Game, int], Tensor]] = {
 
 def result_of(name: str, model: nn.Module, tokenizer: Any, inp: Any, target: Tensor) -> Any:
     """The attribution of a candidate as a result."""
-    given = BASELINE if isinstance(inp, CaptumTextTokenInput) else None
-    asked = open_coalitions(model, tokenizer, inp, target, given)
+    baseline = BASELINE if isinstance(inp, CaptumTextTokenInput) else None
+    prompts = open_prompts(model, tokenizer, inp, Request(target), baseline)
 
     def game(rows: Tensor) -> Tensor:
         with no_gradients():
-            return scored(asked, rows.float())
+            return sequence_scores(prompts, rows.float())
 
     attr = CANDIDATES[name](game, inp.n_itp_features)
     return LLMAttributionResult(

@@ -32,9 +32,10 @@ from captum_llm_ext.inputs.features import Features
 from captum_llm_ext.inputs.targets import Target
 from captum_llm_ext.model import hooks
 from captum_llm_ext.model.layers import input_device
-from captum_llm_ext.perturbations import masked_prompts as coalitions
-from captum_llm_ext.perturbations import scorer as prompts
-from captum_llm_ext.scoring import checks, tasks
+from captum_llm_ext.perturbations import scorer
+from captum_llm_ext.perturbations.captum_methods import CaptumMethod
+from captum_llm_ext.perturbations.masked_prompts import MaskedPrompts
+from captum_llm_ext.scoring import checks, preparation, tasks
 from captum_llm_ext.scoring import positions as places
 from captum_llm_ext.scoring import teacher_forcing as model_pass
 from tests.models.families import tiny_model, tiny_tokenizer
@@ -82,20 +83,15 @@ def start_of_zeros(
     return PathStart(torch.zeros_like(ids), replaced, embeddings)
 
 
-def reference(asked: coalitions.Coalitions) -> tuple[coalitions.Key, Tensor]:
-    prompt = asked.scorer.reference
-    key = (len(prompt),)
-    if key not in asked.known:
-        asked._unscored[key] = prompt
-    return key, prompt
+def prompts_of_masks(masked: MaskedPrompts, masks: Tensor) -> list[scorer.Prompt]:
+    """Prompts as long as the whole one."""
+    return [(0,) * len(masked.scorer.reference)] * len(masks)
 
 
-def scores_of_all(
-    wrapper: Any, forward: Any, inp: Any, kwargs: Any, rehearsal: bool = False
-) -> Tensor:
-    """What Captum's method does with the forward that it is given, but for its own sums."""
-    rows: Tensor = forward(torch.ones(inp.n_itp_features, inp.n_itp_features, device="meta"))
-    return rows.T
+def scores_of_all(method: CaptumMethod, masked: MaskedPrompts, **options: Any) -> Tensor:
+    """What Captum's method does with its scores, but for its own sums."""
+    n_features = masked.inp.n_itp_features
+    return masked.scores(torch.ones(n_features, n_features, device="meta")).T
 
 
 @pytest.fixture
@@ -103,7 +99,7 @@ def valueless(monkeypatch: Any) -> Iterator[nn.Module]:
     """A model on the meta device; what reads values is told what it would find."""
     monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
     monkeypatch.setattr(gradient, "check_ids", lambda forcing: None)
-    monkeypatch.setattr(coalitions, "check_ids", lambda forcing: None)
+    monkeypatch.setattr(preparation, "check_ids", lambda forcing: None)
     monkeypatch.setattr(checks, "check_finite", lambda probe: None)
     monkeypatch.setattr(model_pass.Pass, "is_causal", lambda scored: True)
     monkeypatch.setattr(places, "_check_features", lambda site, columns: None)
@@ -114,11 +110,11 @@ def valueless(monkeypatch: Any) -> Iterator[nn.Module]:
     monkeypatch.setattr(Features, "n_columns", property(lambda features: len(features.names)))
     monkeypatch.setattr(Features, "first", 0)
     monkeypatch.setattr(gradient, "path_start", start_of_zeros)
-    monkeypatch.setattr(coalitions.Coalitions, "_prompt", lambda asked, row: reference(asked))
-    monkeypatch.setattr(LLMAttribution, "_run", scores_of_all)
-    monkeypatch.setattr(prompts, "_shared", lambda prompt, reference: 4)
-    monkeypatch.setattr(prompts, "_with_reference", lambda many, own: ([*many, own], len(many)))
-    monkeypatch.setattr(prompts.PromptScorer, "_agrees", lambda scorer, found: True)
+    monkeypatch.setattr(MaskedPrompts, "prompts", prompts_of_masks)
+    monkeypatch.setattr(CaptumMethod, "attribute_masked", scores_of_all)
+    monkeypatch.setattr(scorer, "_shared", lambda prompt, reference: 4)
+    monkeypatch.setattr(scorer, "_with_reference", lambda many, one: ([*many, one], len(many)))
+    monkeypatch.setattr(scorer.PromptScorer, "_agrees", lambda scorer, log_probs: True)
     monkeypatch.setattr(tasks, "output_tokens", lambda ids, tokenizer: ["?"] * len(ids))
     monkeypatch.setattr(
         LLMGradientAttribution,

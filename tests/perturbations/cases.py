@@ -285,3 +285,17 @@ class SeesPicture(CausalToy):
         if pixel_values is None:
             raise ValueError("no picture came")
         return SimpleNamespace(logits=logits + torch.sin(self.eye(pixel_values))[:, None])
+
+
+class CountingToy(CausalToy):
+    """Remembers the rows and calls that come to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[tuple[int, ...]] = []
+        self.calls = 0
+
+    def forward(self, ids: Tensor) -> SimpleNamespace:
+        self.calls += 1
+        self.rows += [tuple(row) for row in ids.tolist()]
+        return super().forward(ids)

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from captum_llm_ext.metrics.removal import open_coalitions
+from captum_llm_ext.perturbations.masked_prompts import MaskedPrompts
+from captum_llm_ext.scoring.tasks import Request
 from tests.models.families import CORPUS, FAMILIES, tiny_model, tiny_tokenizer
 from tests.oracles.cases import assert_close, pairwise, target_ids
 from tests.perturbations.cases import (
@@ -147,14 +148,14 @@ def work_of(method: str, inp: Any, family: str = "llama", **kwargs: Any) -> Work
 
 
 @pytest.mark.parametrize("perturbations_per_eval", [1, 3, 100])
-def test_coalitions_are_remembered(perturbations_per_eval: int) -> None:
-    """25 orders of 4 features ask for 100 evaluations and more; there are 16 coalitions."""
+def test_scores_of_masks_are_remembered(perturbations_per_eval: int) -> None:
+    """25 orders of 4 features ask for 100 evaluations and more; there are 16 masks."""
     given = {"n_samples": 25, "perturbations_per_eval": perturbations_per_eval}
     work = work_of("shapley_sampling", INPUTS["template_list"](), **given)
     assert work.rows <= 2**4 + 6  # the shared prefix and the look at causality
 
 
-def test_coalitions_are_remembered_for_kernel_shap() -> None:
+def test_scores_of_masks_are_remembered_for_kernel_shap() -> None:
     given = {"n_samples": 60}
     assert work_of("kernel_shap", INPUTS["template_list"](), **given).rows <= 2**4 + 6
 
@@ -288,12 +289,13 @@ def test_progress_is_shown_when_asked_for(capsys: pytest.CaptureFixture[str]) ->
     assert "%" in shown.err
 
 
-def test_prompts_asked_for_one_by_one_cost_no_more_the_more_there_are(
+def test_prompts_scored_one_by_one_cost_no_more_the_more_there_are(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What a prompt is known by is read off its ids once."""
+    """The key of a prompt is read off its ids once."""
     inp = template_input(" ".join(["{}"] * 8), CORPUS[0].split()[:8])
-    asked = open_coalitions(tiny_model("llama"), tiny_tokenizer(), inp, target_ids(1))
+    request = Request(target_ids(1))
+    prompts = MaskedPrompts.of(tiny_model("llama"), tiny_tokenizer(), inp, request)
     read, tolist = [], Tensor.tolist
 
     def counting(tensor: Tensor) -> Any:
@@ -304,7 +306,7 @@ def test_prompts_asked_for_one_by_one_cost_no_more_the_more_there_are(
     scores = []
     with torch.no_grad():
         for number in range(1, 65):
-            row = torch.tensor([number >> bit & 1 for bit in range(8)])
-            scores.append(asked.found(row.float()))
+            mask = torch.tensor([[number >> bit & 1 for bit in range(8)]])
+            scores.append(prompts.scores(mask.float()))
     assert read.count(torch.int64) <= 2 * 64
     assert len({float(one[0, 0]) for one in scores}) > 32
