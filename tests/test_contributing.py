@@ -18,11 +18,11 @@ from captum_llm_ext import LLMGradientAttribution, TextTemplateInput, explain
 from captum_llm_ext.attention.maps import LAYER_MAPS, ByFeature, LayerAttention
 from captum_llm_ext.compat import GradientAttribution, LayerAttribution
 from captum_llm_ext.display.figures import label_style, open_figure
-from captum_llm_ext.display.tokens import readable_tokens
 from captum_llm_ext.explaining import GRADIENT_METHODS
 from captum_llm_ext.gradients.methods import RULES, PointRule
 from captum_llm_ext.inputs.baselines import EMBEDDING_BASELINES
 from captum_llm_ext.inputs.segments import template_of_spans
+from captum_llm_ext.inputs.token_text import readable_tokens
 from captum_llm_ext.results.attention import OVER_LAYERS
 from tests.models import families
 from tests.models.families import PROMPT, tiny_model, tiny_tokenizer

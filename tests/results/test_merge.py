@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
-import importlib
-
 import pytest
 import torch
 from hypothesis import given
@@ -19,16 +16,11 @@ from captum_llm_ext import (
     chat_input,
     segment_input,
 )
-from captum_llm_ext.display import token_texts, word_spans, word_texts
+from captum_llm_ext.inputs.token_text import token_texts
 from captum_llm_ext.results import LLMAttributionResult, LLMLayerAttributionResult
 from tests.models.families import tiny_model, tiny_tokenizer
 
 PROMPT = "Dave lived inside Palmyra and cooked golden Francs"
-
-
-def words(*tokens: str) -> list[str]:
-    texts = word_texts(tokens)
-    return ["".join(texts[start:stop]) for start, stop in word_spans(texts)]
 
 
 def saliency(inp, norm=None, layers=None, **options):
@@ -46,47 +38,6 @@ def result(**changes) -> LLMAttributionResult:
         "token_attr": [[1.0, -2.0, 2.0, 4.0], [0.0, 3.0, 4.0, -1.0]],
     }
     return LLMAttributionResult(**(given | changes))
-
-
-def test_examples_in_docstrings_run():
-    assert not doctest.testmod(importlib.import_module("captum_llm_ext.display.words")).failed
-
-
-@pytest.mark.parametrize(
-    ("tokens", "expected"),
-    [
-        (["The", "Ġun", "believ", "able", "Ġcat"], ["The", " unbelievable", " cat"]),
-        (["▁un", "believ", "able", "▁cat"], [" unbelievable", " cat"]),
-        (["[CLS]", "un", "##believ", "##able", ","], [" [CLS]", " unbelievable", " ,"]),
-        (["#", "##", "ĠTitle"], ["#", "##", " Title"]),  # a heading, not WordPiece
-        (["Ġdon", "'", "t", "Ġstop", "'", "Ġit"], [" don't", " stop", "'", " it"]),
-        (["Ġwell", "-", "known", ",", "Ġ1", "0", "."], [" well", "-", "known", ",", " 10", "."]),
-        (["a", "Ċ", "b", "ĊĊ", "c", "<0x0A>", "d"], ["a", "\n", "b", "\n\n", "c", "\n", "d"]),
-        (["<|im_start|>", "user", "Ċ", "Hi"], ["<|im_start|>", "user", "\n", "Hi"]),
-        (["Ġx", "_", "1", "Ġ", "Ġ", "y"], [" x_1", " ", " y"]),
-        (["日本", "語", "の", "cat", "s"], ["日本", "語", "の", "cats"]),
-        (["한국", "어", " 책"], ["한국어", " 책"]),
-        (["हि", "न्", "दी"], ["हिन्दी"]),
-        (["مر", "حبا", " بك"], ["مرحبا", " بك"]),
-        (["ĠHi", "ðŁ", "ĺ", "Ģ", "Ġyou"], [" Hi", "😀", " you"]),
-        (["ĠðŁ", "ĺ", "Ģ", "x"], [" 😀", "x"]),
-        (["caf", "Ã", "©", "s"], ["cafés"]),
-        (["<0xF0>", "<0x9F>", "<0x98>", "<0x80>", "!"], ["😀", "!"]),
-        ([""], [""]),
-        (["a"], ["a"]),
-    ],
-)
-def test_words(tokens, expected):
-    assert words(*tokens) == expected
-
-
-@pytest.mark.parametrize("text", ["Hi 😀😀 日本語 — naïve", "Zoë’s “résumé” 🇫🇷\n\nمرحبا بك"])
-@pytest.mark.parametrize("real", [False, pytest.param(True, marks=pytest.mark.real_model)])
-def test_texts_of_tokens_make_the_text_again(text, real, request):
-    tokenizer = request.getfixturevalue("demo_model")[1] if real else tiny_tokenizer()
-    tokens = tokenizer.convert_ids_to_tokens(tokenizer(text, add_special_tokens=False)["input_ids"])
-    assert "".join(token_texts(tokens)) == text
-    assert "".join(words(*tokens)) == text
 
 
 def test_attributions_of_a_word_are_the_sum_of_its_tokens():
