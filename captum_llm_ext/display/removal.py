@@ -81,7 +81,7 @@ def draw_measures(
         )
     ax.axvline(0.0, color="black", linewidth=0.8)
     ax.set_yticks(rows, labels=list(methods), fontsize=LABEL_SIZE, **label_style())
-    ax.invert_yaxis()
+    ax.set_ylim(len(methods) - 0.5, -0.5)
     ax.set_xlabel(label, fontsize=LABEL_SIZE)
     ax.spines[["right", "top"]].set_visible(False)
     ax.legend(

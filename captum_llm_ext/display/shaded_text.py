@@ -52,14 +52,15 @@ def draw_shaded_text(
     ends = [column + _width(text) for text, (_, column) in zip(texts, positions, strict=True)]
     n_columns = max(40, *ends)
     width, height = 0.085 * n_columns, max(2.0, n_lines * _LINE_HEIGHT)
-    if ax is not None:
-        width, height = axes_size(ax)
-    size = 72 * min(0.85 * width / n_columns / _CHARACTER_WIDTH, height / n_lines / 1.3)
+    new_figure = ax is None
     figure, ax = open_figure(ax, width + 1.5, height + 0.4)
     ax.set(xlim=(0, n_columns), ylim=(n_lines, 0))
     ax.axis("off")
     scale = ColorScale.of(values)
     add_color_bar(figure, ax, ScalarMappable(scale.norm, scale.colormap), scale, label)
+    if not new_figure:
+        width, height = axes_size(ax)  # what the colour bar has left of them
+    size = 72 * min(0.85 * width / n_columns / _CHARACTER_WIDTH, height / n_lines / 1.3)
     _draw_tokens(ax, texts, positions, scale.colors(values), size)
     return figure, ax
 
