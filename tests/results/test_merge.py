@@ -1,4 +1,4 @@
-"""Sub-words merged to words: which tokens, and what becomes of their values."""
+"""Sub-words merged to words: their tokens and their values."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def saliency(inp, norm=None, layers=None, **options):
 
 
 def result(**changes) -> LLMAttributionResult:
-    given = {
+    fields = {
         "input_tokens": ["Ġun", "believ", "able", "Ġnews"],
         "output_tokens": ["!", "?"],
         "seq_attr": [1.0, -2.0, 2.0, 4.0],
         "token_attr": [[1.0, -2.0, 2.0, 4.0], [0.0, 3.0, 4.0, -1.0]],
     }
-    return LLMAttributionResult(**(given | changes))
+    return LLMAttributionResult(**(fields | changes))
 
 
 def test_attributions_of_a_word_are_the_sum_of_its_tokens():
@@ -69,7 +69,7 @@ def test_norms_combine_as_norms_do(norm, value):
 @pytest.mark.parametrize("norm", [None, "l1", "l2", "linf"])
 @pytest.mark.parametrize("layers", [None, ["model.embed_tokens", "model.layers.1.mlp"]])
 def test_merged_tokens_equal_an_attribution_whose_features_are_the_words(norm, layers):
-    """What `segment_input` gives comes of the whole gradient of each word, not of token values."""
+    """`segment_input` attributes by the whole gradient of each word, not by values of tokens."""
     inp = TextTokenInput(PROMPT, tiny_tokenizer(), skip_tokens=["<s>"])
     merged = saliency(inp, norm, layers).merge("word")
     by_word = saliency(segment_input(PROMPT, by="word"), norm, layers)
@@ -94,7 +94,7 @@ def test_everything_else_is_kept():
     assert merged.hidden_attr.tolist() == [[[3.0] * 3, [1.0] * 3]] * 2
 
 
-def test_layers_are_merged_each_for_itself():
+def test_each_layer_is_merged():
     values = torch.tensor([[3.0, 4.0], [0.0, 2.0]])
     layered = LLMLayerAttributionResult(
         input_tokens=["Ġa", "b"],
@@ -163,8 +163,8 @@ def test_messages_of_a_chat_do_not_run_together():
 
 
 def test_plots_and_tables_of_words():
-    shown = result().to_text(color=False, width=80, merge="word")
-    assert "unbelievable" in shown
+    table = result().to_text(color=False, width=80, merge="word")
+    assert "unbelievable" in table
     labels = result().plot_token_attr(merge="word")[1].get_xticklabels()
     assert [label.get_text() for label in labels] == ["unbelievable", "news"]
     labels = result().plot_seq_attr(merge=[(0, 2)])[1].get_xticklabels()
