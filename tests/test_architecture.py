@@ -46,7 +46,7 @@ def imports(path: Path) -> Iterator[str]:
 
 
 def test_a_result_may_import_a_plot_and_no_plot_a_result() -> None:
-    assert "display" in set(imports(PACKAGE / "results" / "shown.py"))
+    assert "display" in set(imports(PACKAGE / "results" / "display_mixin.py"))
     assert all("results" not in set(imports(p)) for p in (PACKAGE / "display").glob("*.py"))
 
 

@@ -14,16 +14,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from captum_llm_ext import LLMGradientAttribution, TextTemplateInput, explain
+from captum_llm_ext import TextTemplateInput, explain
 from captum_llm_ext.attention.maps import LAYER_MAPS, ByFeature, LayerAttention
-from captum_llm_ext.compat import GradientAttribution, LayerAttribution
+from captum_llm_ext.cli.entry import main
 from captum_llm_ext.display.figures import label_style, open_figure
-from captum_llm_ext.display.tokens import readable_tokens
-from captum_llm_ext.explaining import GRADIENT_METHODS
-from captum_llm_ext.gradients.methods import RULES, PointRule
 from captum_llm_ext.inputs.baselines import EMBEDDING_BASELINES
 from captum_llm_ext.inputs.segments import template_of_spans
+from captum_llm_ext.inputs.token_text import readable_tokens
+from captum_llm_ext.perturbations.masked_prompts import MaskedPrompts
+from captum_llm_ext.registry import GRADIENT, METHODS, PERTURBATION, Method
 from captum_llm_ext.results.attention import OVER_LAYERS
+from tests.contributed.random_halves import N_MASKS, RandomHalves
 from tests.models import families
 from tests.models.families import PROMPT, tiny_model, tiny_tokenizer
 from tests.oracles.cases import (
@@ -35,7 +36,7 @@ from tests.oracles.cases import (
     prompt_input,
     target_ids,
 )
-from tests.oracles.gradients import gradients
+from tests.oracles.gradients import gradient_x_activation
 
 ROOT = Path(__file__).parent.parent
 BLOCK = "model.layers.1"
@@ -48,25 +49,88 @@ def test_every_place_it_names_is_there() -> None:
     assert [name for name in names if not (ROOT / name).exists()] == []
 
 
-class LayerGradient(LayerAttribution, GradientAttribution):
-    """The gradient itself, with its sign."""
+ROWS = {
+    "halved": Method("tests.contributed.halved_gradient:HalvedGradient", GRADIENT, "half of it"),
+    "leave_one_out": Method(
+        "tests.contributed.leave_one_out:LeaveOneOut", PERTURBATION, "without each feature"
+    ),
+    "random_halves": Method(
+        "tests.contributed.random_halves:RandomHalves", PERTURBATION, "with and without each"
+    ),
+}
 
-    def __init__(self, forward_func: Any, layer: Any) -> None:
-        LayerAttribution.__init__(self, forward_func, layer)
-        GradientAttribution.__init__(self, forward_func)
+
+@pytest.fixture
+def rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, method in ROWS.items():
+        monkeypatch.setitem(METHODS, name, method)
 
 
-def test_a_gradient_method(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(RULES, LayerGradient, (lambda _: PointRule(norm="sum"), {}))
-    monkeypatch.setattr(LLMGradientAttribution, "SUPPORTED_METHODS", tuple(RULES))  # as on import
-    monkeypatch.setitem(GRADIENT_METHODS, "gradient", LayerGradient)
-    model = tiny_model("llama")
-    result = explain(
-        model, tiny_tokenizer(), PROMPT, target_ids(3), method="gradient", layers=BLOCK
+def explained(method: str, **options: Any) -> Any:
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    return explain(model, tokenizer, PROMPT, target_ids(3), method=method, **options)
+
+
+@pytest.mark.usefixtures("rows")
+@pytest.mark.parametrize("method", ROWS)
+def test_a_row_is_a_method_of_the_command_line(
+    method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    prompt = "Dave lives in Palm Coast and"
+    assert main([prompt, "--target", " golf", "--model", str(tmp_path), "--method", method]) == 0
+    assert "golf" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert f"{method}: {ROWS[method].help}" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.usefixtures("rows")
+def test_a_gradient_method_with_a_changed_backward() -> None:
+    result = explained("halved", layers=BLOCK)
+    expected = prompt_columns(
+        prompt_input(), gradient_x_activation(problem(tiny_model("llama"), BLOCK))[0]
     )
-    expected = prompt_columns(prompt_input(), gradients(problem(model, BLOCK))[0])
-    assert result.token_attr is not None
-    assert_close(result.token_attr, expected)
+    assert_close(result.token_attr, expected / 2)
+    assert_close(explained("gradxact", layers=BLOCK).token_attr, expected)  # nothing is left of it
+
+
+@pytest.mark.usefixtures("rows")
+def test_a_perturbation_method_by_a_generator() -> None:
+    result, expected = explained("leave_one_out"), explained("ablation")
+    assert_close(result.token_attr, expected.token_attr)
+    assert_close(result.seq_attr, expected.seq_attr)
+
+
+@pytest.mark.usefixtures("rows")
+def test_a_perturbation_method_of_captums_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twelve masks from a generator of its own are twelve prompts, each scored once."""
+    prompts: list[Tensor] = []
+    scores = MaskedPrompts.scores
+
+    def counted(masked: MaskedPrompts, masks: Tensor) -> Tensor:
+        prompts.extend(masks)
+        return scores(masked, masks)
+
+    monkeypatch.setattr(MaskedPrompts, "scores", counted)
+    result = explained("random_halves")
+    assert len(prompts) == len({tuple(p.tolist()) for p in prompts}) == N_MASKS
+    model, method = tiny_model("llama"), RandomHalves(None)
+    inp = prompt_input()
+
+    def by_hand(mask: Tensor) -> Tensor:
+        prompt = inp.to_model_input(mask)
+        row = torch.cat([prompt[0], target_ids(3)])
+        with torch.no_grad():
+            log_p = model(row[None]).logits[0].log_softmax(-1)
+        tokens = log_p[len(prompt[0]) - 1 : -1].gather(1, target_ids(3)[:, None])[:, 0]
+        return torch.cat([tokens.sum()[None], tokens])[None]
+
+    method.forward_func = by_hand
+    expected = method.attribute(torch.ones(1, inp.n_itp_features))
+    assert_close(result.seq_attr, expected[0])
+    assert_close(result.token_attr, expected[1:])
 
 
 @pytest.mark.filterwarnings("ignore:integrated gradients")  # three steps

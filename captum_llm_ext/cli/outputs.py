@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from captum_llm_ext.display.tokens import readable_token, short_layer_names
+from captum_llm_ext.display import short_layer_names
+from captum_llm_ext.inputs.token_text import readable_token
 from captum_llm_ext.results import LLMAttributionResult, LLMLayerAttributionResult
 
 PICTURE_DPI = 100

@@ -6,17 +6,19 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from captum_llm_ext.display.scale import ColorScale
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.cm import ScalarMappable
     from matplotlib.figure import Figure
 
 LARGEST = 70.0  # inches: 7,000 pixels at 100 dots per inch
-TEXT_HEIGHT = 0.13  # inches that a line of a label takes
-TEXT_WIDTH = 0.075  # inches that a character of a label takes
+TEXT_HEIGHT = 0.13  # inches per line of a label
+TEXT_WIDTH = 0.075  # inches per character of a label
 LABEL_SIZE = 8.0  # points
 _MORE_FONTS = (
-    "DejaVu Sans",  # has signs that its monospaced sister lacks
+    "DejaVu Sans",  # has signs that DejaVu Sans Mono lacks
     "Noto Sans CJK SC",
     "Noto Sans CJK JP",
     "PingFang SC",
@@ -37,7 +39,7 @@ def _installed_fonts() -> tuple[str, ...]:
 
 
 def label_style(monospace: bool = False) -> dict[str, Any]:
-    """Properties of text made of tokens: never mathematics, and any script there is a font for."""
+    """Text properties for tokens: no mathematics, and a font for each script where one exists."""
     from matplotlib import rcParams
 
     families = ["monospace"] if monospace else list(rcParams["font.family"])
@@ -49,9 +51,9 @@ def label_style(monospace: bool = False) -> dict[str, Any]:
 
 
 def open_figure(ax: Axes | None, width: float, height: float) -> tuple[Figure, Axes]:
-    """The axes given, or new ones in a figure of this size in inches."""
+    """`ax` with its figure, or for None the axes of a new figure of width by height inches."""
     if ax is not None:
-        return ax.figure.figure, ax  # of a subfigure: the figure it is in
+        return ax.figure.figure, ax  # the axes of a subfigure: the figure around it
     import matplotlib.pyplot as plt
 
     size = (min(width, LARGEST), min(height, LARGEST))
@@ -67,22 +69,22 @@ def axes_size(ax: Axes) -> tuple[float, float]:
 
 
 def widest(labels: Sequence[str]) -> float:
-    """Inches that the longest label takes."""
+    """Width of the longest label in inches."""
     return TEXT_WIDTH * max(map(len, labels), default=0)
 
 
 def add_color_bar(
-    figure: Figure, ax: Axes, image: ScalarMappable, label: str, beyond: bool, signed: bool
+    figure: Figure, ax: Axes, image: ScalarMappable, scale: ColorScale, name: str
 ) -> None:
-    """A colour bar no taller than one can see at once, with arrows where values lie beyond it."""
+    """A colour bar that fits on a screen, with arrows where values lie beyond its colours."""
     height = figure.get_size_inches()[1]
     bar = figure.colorbar(
         image,
         ax=ax,
-        extend=("both" if signed else "max") if beyond else "neither",
+        extend=("both" if scale.signed else "max") if scale.beyond else "neither",
         shrink=min(1.0, 5.0 / height),
         anchor=(0.0, 1.0),
         aspect=20 * min(1.0, max(0.3, height / 5.0)),
         pad=0.02,
     )
-    bar.set_label(label, rotation=-90, va="bottom", wrap=True)
+    bar.set_label(scale.label(name), rotation=-90, va="bottom", wrap=True)

@@ -1,7 +1,7 @@
-"""Attributions as a page: the prompt as shaded text, a row for each output token, layers to slide.
+"""Attributions as a page: the prompt as shaded text, for each output token and each layer.
 
-The page is whole in itself: no network, no framework. Without scripts the attribution to the whole
-output is there all the same.
+The page needs no network and no framework. Without scripts it still shows the attribution to the
+whole output.
 """
 
 from __future__ import annotations
@@ -21,24 +21,21 @@ import numpy.typing as npt
 from matplotlib.colors import to_hex
 
 from captum_llm_ext.display.scale import ColorScale, FloatArray, text_color
-from captum_llm_ext.display.tokens import SAME_CHARACTER, readable_text, token_texts
+from captum_llm_ext.inputs.token_text import SAME_CHARACTER, readable_text, token_texts
 
-_MOST_BYTES = 285_000  # for tokens and values; the rest of a page of 300 kB is the same in all
+_MOST_BYTES = 285_000  # for tokens and values, which leaves 15 kB of 300 kB for the scripts
 _BYTES_OF_VIEW = 400
-_BYTES_OF_VALUE = 8 / 3  # two in base64
-_LONGEST_TOKEN = 200
+_BYTES_OF_VALUE = 8 / 3  # two bytes, in base64
+_LONGEST_TOKEN = 200  # characters
 _LEVELS = 65  # colours of a palette
-_FAINTEST = 0.02  # share of the scale from which on a negative value is underlined
-
-
-Color = npt.NDArray[np.float64]  # red, green, blue and opacity in 0..1
+_FAINTEST = 0.02  # negative values are underlined from this share of the scale on
 
 
 @dataclass(frozen=True)
 class View:
-    """What one position of the slider shows.
+    """The attributions at one position of the slider.
 
-    seq_attr: (n_input,); token_attr: (n_output, n_input), or fewer rows, or None.
+    seq_attr: (n_input,); token_attr: (n_output, n_input), or the first of these rows, or None.
     """
 
     name: str
@@ -47,7 +44,7 @@ class View:
 
     @property
     def rows(self) -> FloatArray:
-        """The sequence and then the output tokens, shape (1 + n_output, n_input)."""
+        """Attributions to the sequence and to each output token, (1 + n_output, n_input)."""
         rows = self.seq_attr[None]
         return rows if self.token_attr is None else np.concatenate([rows, self.token_attr])
 
@@ -59,26 +56,27 @@ def render_view(
     views: Sequence[View],
     footers: Mapping[str, FloatArray],
 ) -> str:
-    """Fragment of a page, to stand by itself or among others in a notebook.
+    """A `div` for a page or a notebook, which may hold several of them.
 
     Args:
         title: first line.
-        input_tokens, output_tokens: as the tokenizer gives them.
-        views: at least one; more of them, as of layers, are chosen with a slider.
-        footers: said of each output token, name → shape (n_output,), or (1,) of the sequence.
+        input_tokens, output_tokens: entries of the vocabulary.
+        views: at least one; a slider chooses among several, such as layers.
+        footers: name → a number for each output token, shape (n_output,), or for the sequence,
+            shape (1,).
     """
     scale = ColorScale.of(views[0].seq_attr)
     inputs = _inputs(input_tokens, views[0].seq_attr, scale)
     outputs = _outputs(output_tokens, footers)
-    shown, note = _fitting(views, _MOST_BYTES - len((inputs + outputs).encode()))
+    views, note = _views_that_fit(views, _MOST_BYTES - len((inputs + outputs).encode()))
     return _fill(
         "view.html",
         scope=_scope(),
         style=_style(),
         script=_script(),
         title=escape(title),
-        views=escape(json.dumps([_data(view) for view in shown], allow_nan=False)),
-        last_view=str(len(shown) - 1),
+        views=escape(json.dumps([_data(view) for view in views], allow_nan=False)),
+        last_view=str(len(views) - 1),
         outputs=outputs,
         legend=_legend(scale),
         inputs=inputs,
@@ -87,13 +85,13 @@ def render_view(
 
 
 def render_document(title: str, view: str) -> str:
-    """Page with a view alone, which lets no other script run and nothing be fetched."""
+    """A page with one view, whose policy allows its script alone and no request."""
     digest = base64.b64encode(hashlib.sha256(_script().encode()).digest()).decode()
     return _fill("document.html", title=escape(title), view=view, script_hash=f"sha256-{digest}")
 
 
-def _fitting(views: Sequence[View], room: int) -> tuple[list[View], str]:
-    """As much of the views as `room` bytes hold, and what is said of the rest."""
+def _views_that_fit(views: Sequence[View], n_bytes: int) -> tuple[list[View], str]:
+    """As much of the views as `n_bytes` hold, and a note of what is left out."""
     whole, *layers = views
     sequences = [replace(layer, token_attr=None) for layer in layers]
     plans = [
@@ -102,18 +100,18 @@ def _fitting(views: Sequence[View], room: int) -> tuple[list[View], str]:
         ([whole], "Too large for a page: single layers left out."),
     ]
     for plan, note in plans:
-        if sum(_BYTES_OF_VIEW + _BYTES_OF_VALUE * view.rows.size for view in plan) <= room:
+        if sum(_BYTES_OF_VIEW + _BYTES_OF_VALUE * view.rows.size for view in plan) <= n_bytes:
             return plan, note
     if whole.token_attr is None:
         return [whole], note
-    n_rows = max(0, int((room - _BYTES_OF_VIEW) / _BYTES_OF_VALUE) // whole.seq_attr.size - 1)
+    n_rows = max(0, int((n_bytes - _BYTES_OF_VIEW) / _BYTES_OF_VALUE) // whole.seq_attr.size - 1)
     note = f"Too large for a page: rows of {n_rows} of {len(whole.token_attr)} output tokens shown"
     also = ", and no single layers." if layers else "."
     return [replace(whole, token_attr=whole.token_attr[:n_rows])], note + also
 
 
 def _data(view: View) -> dict[str, object]:
-    """Values as half floats in units of the largest, and the scales, as the script reads them."""
+    """A view as the script reads it: scales, and values as half floats relative to the largest."""
     rows = view.rows.astype(np.float64)
     unit = float(np.abs(rows[np.isfinite(rows)]).max(initial=0.0)) or 1.0
     halves = (rows / unit).astype("<f2")
@@ -137,37 +135,36 @@ def _scale_data(scale: ColorScale) -> dict[str, object]:
 
 
 def _inputs(tokens: Sequence[str], values: FloatArray, scale: ColorScale) -> str:
-    pieces = zip(_texts(tokens), values, scale.colors(values), strict=True)
-    return "".join(_input(text, float(value), color, scale) for text, value, color in pieces)
-
-
-def _input(text: str, value: float, color: Color, scale: ColorScale) -> str:
-    negative = "negative" if value <= -_FAINTEST * scale.limit else ""
-    beyond = "beyond" if np.isfinite(value) and abs(value) > scale.limit else ""
-    marks = f"{negative} {beyond}".strip()
-    style = "background:{};color:{}".format(*_ground_and_text(color))
-    kind = f' class="{marks}"' if marks else ""
-    return f'<span{kind} style="{style}" title="{scale.format(value)}">{text}</span>'
+    spans = []
+    for text, value, color in zip(_texts(tokens), values, scale.colors(values), strict=True):
+        negative = "negative" if value <= -_FAINTEST * scale.limit else ""
+        beyond = "beyond" if np.isfinite(value) and abs(value) > scale.limit else ""
+        classes = f"{negative} {beyond}".strip()
+        class_attribute = f' class="{classes}"' if classes else ""
+        style = "background:{};color:{}".format(*_background_and_text(color))
+        title = scale.format(float(value))
+        spans.append(f'<span{class_attribute} style="{style}" title="{title}">{text}</span>')
+    return "".join(spans)
 
 
 def _outputs(tokens: Sequence[str], footers: Mapping[str, FloatArray]) -> str:
-    sequence, *of_tokens = _remarks(len(tokens), footers)
-    whole = f'<span class="whole shown"{sequence}>whole output</span>'
+    sequence_title, *token_titles = _titles(len(tokens), footers)
+    whole = f'<span class="whole shown"{sequence_title}>whole output</span>'
     texts = _texts(tokens)
-    # tokens of a target may come without their spaces
-    kind = "" if any(text.startswith(" ") for text in texts) else ' class="apart"'
-    pieces = zip(texts, of_tokens, strict=True)
-    return whole + "".join(f"<span{kind}{remark}>{text}</span>" for text, remark in pieces)
+    # the tokens of a target can lack the spaces that would separate them
+    apart = "" if any(text.startswith(" ") for text in texts) else ' class="apart"'
+    spans = zip(texts, token_titles, strict=True)
+    return whole + "".join(f"<span{apart}{title}>{text}</span>" for text, title in spans)
 
 
-def _remarks(n_output: int, footers: Mapping[str, FloatArray]) -> list[str]:
-    """Of the sequence and each output token, as the attribute that shows when pointed at."""
-    remarks: list[list[str]] = [[] for _ in range(1 + n_output)]
+def _titles(n_output: int, footers: Mapping[str, FloatArray]) -> list[str]:
+    """HTML attribute with the footers of the sequence, and of each output token."""
+    titles: list[list[str]] = [[] for _ in range(1 + n_output)]
     for name, values in footers.items():
         first = 0 if len(values) == 1 and n_output > 1 else 1
-        for place, value in enumerate(values, start=first):
-            remarks[place].append(f"{name} {value:.3g}")
-    return [f' title="{escape(", ".join(said))}"' if said else "" for said in remarks]
+        for title, value in zip(titles[first:], values, strict=False):
+            title.append(f"{name} {value:.3g}")
+    return [f' title="{escape(", ".join(title))}"' if title else "" for title in titles]
 
 
 def _legend(scale: ColorScale) -> str:
@@ -183,7 +180,7 @@ def _legend(scale: ColorScale) -> str:
 
 
 def _texts(tokens: Sequence[str]) -> list[str]:
-    """Tokens as text of a page: newlines break the line, nothing is read as markup."""
+    """Tokens as text of a page: newlines break the line, markup is escaped."""
     texts = zip(token_texts(tokens), tokens, strict=True)
     return [
         escape(_running_text(text)) if text or not token else SAME_CHARACTER
@@ -198,7 +195,7 @@ def _running_text(text: str) -> str:
 
 
 def _fill(name: str, **values: str) -> str:
-    """A file of `page/` with every {{name}} replaced, once: what is put in stays as it is."""
+    """A file of `page/` with each {{name}} replaced; braces in the values stay as they are."""
     return re.sub(r"\{\{(\w+)\}\}", lambda match: values[match.group(1)], _resource(name))
 
 
@@ -209,7 +206,7 @@ def _resource(name: str) -> str:
 
 @lru_cache(maxsize=1)
 def _scope() -> str:
-    """Class of the fragment, of this version alone: pages may hold fragments of several."""
+    """Class of the `div`; it differs between versions, since a page can hold several."""
     source = _resource("view.css") + _resource("view.js") + _resource("view.html")
     return "captum-llm-ext-" + hashlib.sha256(source.encode()).hexdigest()[:8]
 
@@ -217,7 +214,8 @@ def _scope() -> str:
 @lru_cache(maxsize=1)
 def _style() -> str:
     gradients = {
-        name: ",".join(ground for ground, _ in palette) for name, palette in _palettes(9).items()
+        name: ",".join(background for background, _ in palette)
+        for name, palette in _palettes(9).items()
     }
     return _fill("view.css", scope=_scope(), **gradients)
 
@@ -229,15 +227,14 @@ def _script() -> str:
 
 
 def _palettes(levels: int) -> dict[str, list[tuple[str, str]]]:
-    """Colours of ground and text from the least to the most of a scale."""
-    lowest = {"signed": -1.0, "positive": 0.0}
+    """Colours of background and text from the lowest to the highest value of a scale."""
     palettes = {}
-    for name, low in lowest.items():
+    for name, low in {"signed": -1.0, "positive": 0.0}.items():
         values = np.linspace(low, 1.0, levels, dtype=np.float32)
         colors = ColorScale(1.0, name == "signed", 0).colors(values)
-        palettes[name] = [_ground_and_text(color) for color in colors]
+        palettes[name] = [_background_and_text(color) for color in colors]
     return palettes
 
 
-def _ground_and_text(color: Color) -> tuple[str, str]:
+def _background_and_text(color: npt.NDArray[np.float64]) -> tuple[str, str]:
     return to_hex(tuple(color)), text_color(color)

@@ -1,4 +1,4 @@
-"""Bars for a sequence, heat maps for tokens and layers."""
+"""Bars for the sequence attribution, heat maps for tokens and layers."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from captum_llm_ext.display.figures import (
     widest,
 )
 from captum_llm_ext.display.scale import ColorScale, FloatArray, text_color
-from captum_llm_ext.display.tokens import readable_tokens
+from captum_llm_ext.inputs.token_text import readable_tokens
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 
-_NUMBERED_COLUMNS = 24  # up to here a cell is wide enough for its number
+_NUMBERED_COLUMNS = 24  # most columns whose cells are wide enough for numbers
 _NUMBERED_ROWS = 40
-_COLUMNS_PER_BLOCK = 60  # more input tokens than this continue below, as text does
-_NARROW_CELL = 0.22
-_LOW_CELL = 0.12
-_LONGEST_LABEL = 28
+_COLUMNS_PER_BLOCK = 60  # further columns continue in a block below, as lines of text do
+_NARROW_CELL = 0.22  # inches
+_LOW_CELL = 0.12  # inches
+_LONGEST_LABEL = 28  # characters
 _LONGEST_WRAPPED_LABEL = 16
 _MARGIN = 2.0  # inches for the colour bar and the edges
 
@@ -40,11 +40,11 @@ _MARGIN = 2.0  # inches for the colour bar and the edges
 def draw_bars(
     values: FloatArray, tokens: Sequence[str], label: str, ax: Axes | None = None
 ) -> tuple[Figure, Axes]:
-    """Bar plot of one value per token; a bar out of all proportion is cut and says its value.
+    """Bar plot of one value per token; the bar of an outlier is cut and shows its value.
 
     Args:
         values: shape (n_tokens,).
-        tokens: as the tokenizer gives them; shown by `readable_token`.
+        tokens: entries of the vocabulary, labelled by `readable_tokens`.
         label: what the values are.
         ax: axes to draw into; None (default) for a new figure.
     """
@@ -79,28 +79,28 @@ def draw_heat_map(
     ax: Axes | None = None,
     scale: ColorScale | None = None,
 ) -> tuple[Figure, Axes]:
-    """Heat map; many columns continue in further blocks below, as lines of text do.
+    """Heat map; more than 60 columns continue in blocks below, as lines of text do.
 
     Args:
-        values: shape (n_rows, n_columns); not finite values are grey.
-        row_labels, column_labels: ready to read; long ones are cut.
+        values: shape (n_rows, n_columns); values that are not finite are grey.
+        row_labels, column_labels: tokens or names; long ones are cut.
         label: what the values are.
-        ax: axes to draw into; None (default) for a new figure. Given axes keep their size: there
-            the columns stay in one block, and labels that find no room are left out.
+        ax: axes to draw into; None (default) for a new figure. These axes keep their size, with
+            all columns in one block and only the labels that fit.
         scale: colours of the values; None (default) for `ColorScale.of(values)`.
     """
     rows, columns = _labels(row_labels), _labels(column_labels)
     if ax is not None:
-        layout = _Layout.given(ax, len(rows), len(columns))
+        layout = _Layout.in_axes(ax, len(rows), len(columns))
     elif len(columns) > _COLUMNS_PER_BLOCK:
         columns = _labels(column_labels, _LONGEST_WRAPPED_LABEL)
-        layout = _Layout.wrapped(len(rows), columns)
+        layout = _Layout.in_blocks(len(rows), columns)
     else:
-        layout = _Layout.plain(len(rows), columns)
+        layout = _Layout.in_one_block(len(rows), columns)
     figure, ax = open_figure(ax, *layout.figure_size(widest(rows)))
     scale = scale or ColorScale.of(values)
     image = layout.draw(ax, values, scale)
-    add_color_bar(figure, ax, image, scale.label(label), bool(scale.beyond), scale.signed)
+    add_color_bar(figure, ax, image, scale, label)
     if layout.n_blocks > 1:
         _label_blocks(ax, layout, rows, columns)
     else:
@@ -112,7 +112,7 @@ def draw_heat_map(
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where the cells of a heat map go; lengths in inches."""
+    """Positions of the cells of a heat map; lengths in inches."""
 
     n_rows: int
     n_columns: int
@@ -127,21 +127,21 @@ class _Layout:
 
     @property
     def gap(self) -> int:
-        """Rows of cells that the column labels of a block take."""
+        """Height of the column labels above a block, in rows of cells."""
         return math.ceil(self.header / self.cell_height) if self.n_blocks > 1 else 0
 
     @property
     def height(self) -> float:
-        """Height of all blocks with their column labels."""
+        """Height of all blocks and their column labels."""
         return self.n_blocks * (self.n_rows * self.cell_height + self.header)
 
     @classmethod
-    def given(cls, ax: Axes, n_rows: int, n_columns: int) -> _Layout:
+    def in_axes(cls, ax: Axes, n_rows: int, n_columns: int) -> _Layout:
         width, height = axes_size(ax)
         return cls(n_rows, n_columns, n_columns, 0.85 * width / n_columns, height / n_rows, 0.0)
 
     @classmethod
-    def plain(cls, n_rows: int, columns: Sequence[str]) -> _Layout:
+    def in_one_block(cls, n_rows: int, columns: Sequence[str]) -> _Layout:
         numbered = len(columns) <= _NUMBERED_COLUMNS
         width = max(0.55 if numbered else _NARROW_CELL, 4.0 / max(len(columns), 1))
         height = max(
@@ -152,16 +152,16 @@ class _Layout:
         return cls(n_rows, len(columns), len(columns), width, height, header)
 
     @classmethod
-    def wrapped(cls, n_rows: int, columns: Sequence[str]) -> _Layout:
-        """The narrowest blocks that keep the figure within bounds and the rows readable."""
-        header, widest_block = _header(columns), int((LARGEST - 5.0) / _NARROW_CELL)
-        for per_block in range(_COLUMNS_PER_BLOCK, widest_block + 1, 10):
+    def in_blocks(cls, n_rows: int, columns: Sequence[str]) -> _Layout:
+        """The narrowest blocks of readable rows in a figure that is not too large."""
+        header, most_columns = _header(columns), int((LARGEST - 5.0) / _NARROW_CELL)
+        for per_block in range(_COLUMNS_PER_BLOCK, most_columns + 1, 10):
             n_blocks = math.ceil(len(columns) / per_block)
             height = min(0.16, ((LARGEST - 2.0) / n_blocks - header) / n_rows)
             layout = cls(n_rows, len(columns), per_block, _NARROW_CELL, height, header)
             if height >= _LOW_CELL:
                 return layout
-        if height >= 0.02:  # row labels thinned out
+        if height >= 0.02:  # some row labels are left out
             return layout
         return cls(n_rows, len(columns), len(columns), LARGEST / len(columns), _LOW_CELL, header)
 
@@ -170,7 +170,7 @@ class _Layout:
         return width + row_label_width + _MARGIN, self.height + 0.4
 
     def draw(self, ax: Axes, values: FloatArray, scale: ColorScale) -> AxesImage:
-        """One image per block, one under the other; returns the first."""
+        """Draw each block as an image below the one before it; return the first image."""
         images = []
         for block in range(self.n_blocks):
             part = values[:, block * self.columns_per_block :][:, : self.columns_per_block]
@@ -190,12 +190,12 @@ class _Layout:
         return images[0]
 
     def top(self, block: int) -> int:
-        """First row of a block's cells."""
+        """Row where the cells of a block begin."""
         return block * (self.gap + self.n_rows) + self.gap
 
 
 def _labels(tokens: Sequence[str], limit: int = _LONGEST_LABEL) -> list[str]:
-    """Tokens as labels; the space that most begin with would only move them off their place."""
+    """Tokens as labels, without the leading space that would shift them."""
     return [label.strip() for label in readable_tokens(tokens, limit)]
 
 
@@ -203,13 +203,13 @@ def _header(columns: Sequence[str]) -> float:
     return 0.15 + 0.65 * widest(columns)
 
 
-def _step(inches: float) -> int:
-    """Every how manieth label has room, at this distance from one to the next."""
-    return math.ceil(TEXT_HEIGHT / max(inches, 1e-6) - 0.15)
+def _label_step(inches: float) -> int:
+    """Step from one printed label to the next, so that labels `inches` apart do not overlap."""
+    return max(1, math.ceil(TEXT_HEIGHT / max(inches, 1e-6) - 0.15))
 
 
 def _label_columns(ax: Axes, labels: Sequence[str], width: float) -> None:
-    step = max(1, _step(0.7 * width / len(labels)))  # slanted lines are closer than their feet
+    step = _label_step(0.7 * width / len(labels))  # slanted labels are closer than their columns
     ax.tick_params(top=True, bottom=False, labeltop=True, labelbottom=False)
     ax.set_xticks(
         range(0, len(labels), step),
@@ -223,10 +223,10 @@ def _label_columns(ax: Axes, labels: Sequence[str], width: float) -> None:
 
 
 def _label_rows(ax: Axes, layout: _Layout, labels: Sequence[str]) -> None:
-    kept = range(0, len(labels), max(1, _step(layout.cell_height)))
+    labelled = range(0, len(labels), _label_step(layout.cell_height))
     ax.set_yticks(
-        [layout.top(block) + row for block in range(layout.n_blocks) for row in kept],
-        labels=[labels[row] for row in kept] * layout.n_blocks,
+        [layout.top(block) + row for block in range(layout.n_blocks) for row in labelled],
+        labels=[labels[row] for row in labelled] * layout.n_blocks,
         fontsize=LABEL_SIZE,
         **label_style(),
     )
@@ -236,14 +236,14 @@ def _label_blocks(ax: Axes, layout: _Layout, rows: Sequence[str], columns: Seque
     _label_rows(ax, layout, rows)
     style = label_style() | {"rotation": 45, "rotation_mode": "anchor", "fontsize": LABEL_SIZE}
     for column, text in enumerate(columns):
-        block, place = divmod(column, layout.columns_per_block)
-        ax.text(place, layout.top(block) - 0.7, text, ha="left", va="bottom", **style)
+        block, x = divmod(column, layout.columns_per_block)
+        ax.text(x, layout.top(block) - 0.7, text, ha="left", va="bottom", **style)
     ax.set_xticks([])
     ax.spines[:].set_visible(False)
 
 
 def _write_numbers(ax: Axes, layout: _Layout, values: FloatArray, scale: ColorScale) -> None:
-    """Numbers in the cells of a small heat map, so that it can be read without its colours."""
+    """Write the values into the cells where these are large enough."""
     if (
         layout.n_rows > _NUMBERED_ROWS
         or layout.cell_width < 0.35

@@ -1,4 +1,4 @@
-"""Curves of the score while features are removed, and measures of several methods as bars."""
+"""Curves of the score as features are removed, and bars of measures of several methods."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 Values = npt.NDArray[np.float64]
 
-# Safe for colour-blind readers (Okabe and Ito); red and blue are taken by the sign.
+# Colours that colour-blind readers can tell apart (Okabe and Ito).
 _COLORS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7")
 _BAR_HEIGHT = 0.2  # inches
 
@@ -27,10 +27,10 @@ def draw_removal_curves(
     random: Mapping[str, Values],
     ax: Axes | None = None,
 ) -> tuple[Figure, Axes]:
-    """A curve of each name, dashed random order's mean, and its standard deviation as a band.
+    """A curve of each name; the mean of random orders dashed, with its standard deviation.
 
     Args:
-        shares: (n_points,) of the features, from 0 to 1.
+        shares: (n_points,) shares of the features, from 0 to 1.
         curves: name → (n_points,) scores.
         random: name → (n_random, n_points) scores.
         ax: axes to draw into; None (default) for a new figure.
@@ -55,22 +55,22 @@ def draw_measures(
     label: str,
     ax: Axes | None = None,
 ) -> tuple[Figure, Axes]:
-    """Groups of horizontal bars, a group for each method and a bar for each measure.
+    """Horizontal bars: a group for each method, a bar in it for each measure.
 
     Args:
         methods: names, the first on top.
         means: measure → (n_methods,).
-        intervals: measure → (n_methods, 2) ends of the confidence intervals.
+        intervals: measure → (n_methods, 2) lower and upper ends of the confidence intervals.
         label: what the values are.
         ax: axes to draw into; None (default) for a new figure.
     """
     height = len(methods) * (len(means) * _BAR_HEIGHT + 0.15) + 1.2
     figure, ax = open_figure(ax, 4.8 + widest(methods), height)
-    thickness, places = 0.8 / len(means), np.arange(len(methods))
+    thickness, rows = 0.8 / len(means), np.arange(len(methods))
     for i, (name, values) in enumerate(means.items()):
         low, high = intervals[name].T
         ax.barh(
-            places + (i - (len(means) - 1) / 2) * thickness,
+            rows + (i - (len(means) - 1) / 2) * thickness,
             values,
             thickness,
             xerr=np.stack([values - low, high - values]),
@@ -80,8 +80,8 @@ def draw_measures(
             label=name,
         )
     ax.axvline(0.0, color="black", linewidth=0.8)
-    ax.set_yticks(places, labels=list(methods), fontsize=LABEL_SIZE, **label_style())
-    ax.invert_yaxis()
+    ax.set_yticks(rows, labels=list(methods), fontsize=LABEL_SIZE, **label_style())
+    ax.set_ylim(len(methods) - 0.5, -0.5)
     ax.set_xlabel(label, fontsize=LABEL_SIZE)
     ax.spines[["right", "top"]].set_visible(False)
     ax.legend(

@@ -1,4 +1,4 @@
-"""One colour scale for plots and tables."""
+"""The colour scale of plots, tables and pages."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from matplotlib.colors import Colormap, Normalize
 
 FloatArray = npt.NDArray[np.float32]
 
-# A token is taken for dominant when it exceeds this many times what nearly all others stay under.
+# A token is dominant where it exceeds _DOMINANCE times the largest of nearly all other tokens.
 _DOMINANCE = 3.0
 _SHARE_OF_TOKENS = 0.98
-_FEWEST_TOKENS = 4  # below this every value can be read anyway
+_FEWEST_TOKENS = 4  # fewer values can be read in any case
 
 
 @dataclass(frozen=True)
 class ColorScale:
     """Colours of attributions: white at 0, blue above, red below, safe for colour-blind readers.
 
-    `limit` is the absolute value at which the colours stop. It is the largest one, unless few
-    columns (tokens) dwarf all others, as the first token of a prompt often does; then it is the
-    largest among the others, so that these keep their differences. `beyond` counts the values cut.
+    `limit` is the absolute value at which the colours stop. It is the largest absolute value,
+    unless a few columns (tokens) dwarf all others, as the first token of a prompt often does. It
+    is then the largest of the others, so that their differences can be seen. `signed` says whether
+    there are negative values, and `beyond` counts the values beyond the limit.
 
     >>> scale = ColorScale.of(np.array([[100.0, 3.0, 2.0, 1.0]], dtype=np.float32))
     >>> scale.limit, scale.signed, scale.beyond
@@ -39,7 +40,7 @@ class ColorScale:
 
     @classmethod
     def of(cls, values: FloatArray) -> ColorScale:
-        """Scale for the finite ones of values of shape (n_rows, n_columns) or (n_columns,)."""
+        """Scale of the finite values in an array of shape (n_rows, n_columns) or (n_columns,)."""
         sizes = np.atleast_2d(np.where(np.isfinite(values), np.abs(values), 0.0))
         limit = _limit(np.sort(sizes.max(axis=0, initial=0.0)))
         signed = bool(np.any(np.asarray(values) < 0))
@@ -54,13 +55,13 @@ class ColorScale:
         return colormaps["RdBu" if self.signed else "Blues"].with_extremes(bad="lightgrey")
 
     def colors(self, values: FloatArray) -> npt.NDArray[np.float64]:
-        """Red, green, blue and opacity in 0..1 for every value, shape (*values.shape, 4)."""
+        """Red, green, blue and opacity of each value, in 0..1, shape (*values.shape, 4)."""
         masked = np.ma.masked_invalid(np.asarray(values, dtype=np.float64))
         return np.asarray(self.colormap(self.norm(masked)), dtype=np.float64)
 
     @property
     def decimals(self) -> int | None:
-        """How many give the limit of the scale three digits; None for powers of ten instead."""
+        """Decimals that show the limit with three digits; None for scientific notation."""
         magnitude = math.floor(math.log10(self.limit))
         return max(0, 2 - magnitude) if -4 <= magnitude <= 6 else None
 
@@ -72,7 +73,7 @@ class ColorScale:
         return text.lstrip("-") if not text.strip("-0.") else text
 
     def label(self, name: str) -> str:
-        """The name of the quantity, with a remark where values lie beyond the colours."""
+        """The name of the quantity, with a note where values lie beyond the colours."""
         if not self.beyond:
             return name
         stop = f"{'±' if self.signed else ''}{self.format(self.limit)}"
@@ -80,7 +81,7 @@ class ColorScale:
 
 
 def relative_to_rows(values: FloatArray) -> tuple[FloatArray, ColorScale]:
-    """Every row in units of the limit of its own scale, and the scale of what comes of it.
+    """Each row divided by the limit of its scale, and the scale of the quotients.
 
     >>> relative, scale = relative_to_rows(np.array([[5.0, -10.0], [0.2, 0.1]], dtype=np.float32))
     >>> relative.tolist(), scale.limit
@@ -93,7 +94,7 @@ def relative_to_rows(values: FloatArray) -> tuple[FloatArray, ColorScale]:
 
 
 def _limit(peaks: npt.NDArray[np.floating]) -> float:
-    """Largest of the sorted column peaks that is not out of proportion to the others."""
+    """The largest column peak that does not dwarf the others; `peaks` are sorted."""
     if len(peaks) < _FEWEST_TOKENS:
         return float(peaks.max(initial=0.0))
     others = float(np.quantile(peaks[:-1], _SHARE_OF_TOKENS, method="higher"))
@@ -102,9 +103,10 @@ def _limit(peaks: npt.NDArray[np.floating]) -> float:
 
 
 def text_color(background: npt.NDArray[np.float64]) -> str:
-    """Black or white, whichever has more contrast to the background (red, green, blue, …).
+    """Black or white, whichever has more contrast with the background (red, green, blue, …).
 
-    By relative luminance, Web Content Accessibility Guidelines 2.2: it is at least 4.58 to 1.
+    The contrast is at least 4.58 to 1, by the relative luminance of the Web Content Accessibility
+    Guidelines 2.2.
     """
     color = background[:3]
     linear = np.where(color <= 0.04045, color / 12.92, ((color + 0.055) / 1.055) ** 2.4)

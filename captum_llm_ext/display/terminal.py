@@ -16,25 +16,25 @@ from rich.table import Table
 from rich.text import Text
 
 from captum_llm_ext.display.scale import ColorScale, FloatArray, text_color
-from captum_llm_ext.display.tokens import readable_tokens
+from captum_llm_ext.inputs.token_text import readable_tokens
 
-LONGEST_TABLE = 60  # input tokens; a longer prompt is printed as text
-TOP_TOKENS = 20
-_LONGEST_LABEL = 24
+_LONGEST_TABLE = 60  # input tokens; a longer prompt is printed as text
+_TOP_TOKENS = 20  # input tokens in the table below the text
+_LONGEST_LABEL = 24  # characters
 _LONGEST_HEADING = 12
 _PADDING = 2
 
 
 class AttributionText:
-    """A rich renderable of one attribution: a table, or shaded text where the prompt is long.
+    """A rich renderable of one attribution: a table, and shaded text for a long prompt.
 
     Args:
         title: first line.
-        input_tokens, output_tokens: as the tokenizer gives them.
+        input_tokens, output_tokens: entries of the vocabulary.
         seq_attr: shape (n_input,).
-        token_attr: shape (n_output, n_input), or None for the sequence alone.
-        footers: further rows under the output columns, name → shape (n_output,) or (1,); a
-            single number stands in the sequence column.
+        token_attr: shape (n_output, n_input), or None (default) for the sequence alone.
+        footers: further rows, name → numbers below the output columns, shape (n_output,), or below
+            the sequence column, shape (1,).
     """
 
     def __init__(
@@ -58,12 +58,12 @@ class AttributionText:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield Text(self.title, style="bold")
         yield Text()
-        if len(self.tokens) > LONGEST_TABLE:
+        if len(self.tokens) > _LONGEST_TABLE:
             yield self._shaded_text()
             yield Text()
             order = np.argsort(-np.abs(np.nan_to_num(self.columns[0])), kind="stable")
-            yield Text(f"The {TOP_TOKENS} tokens of largest sequence attribution", style="bold")
-            yield from self._tables(options.max_width, order[:TOP_TOKENS], numbered=True)
+            yield Text(f"The {_TOP_TOKENS} tokens of largest sequence attribution", style="bold")
+            yield from self._tables(options.max_width, order[:_TOP_TOKENS], numbered=True)
         else:
             yield from self._tables(options.max_width, np.arange(len(self.tokens)), numbered=False)
 
@@ -80,50 +80,43 @@ class AttributionText:
     def _tables(
         self, width: int, rows: npt.NDArray[np.intp], numbered: bool
     ) -> Iterator[RenderableType]:
-        """Tables of as many columns as fit the width, one under the other."""
-        cells = [self._column(column) for column in range(len(self.columns))]
-        widths = [_PADDING + max(map(_cell_width, column)) for column in cells]
-        labels = [self.tokens[row] for row in rows]
-        names = [*labels, *self.footers]
-        room = width - min(_LONGEST_LABEL, max(map(cell_len, names))) - _PADDING
-        room -= (len(str(len(self.tokens))) + _PADDING) if numbered else 0
-        for block in _blocks(widths, room):
-            yield self._table([cells[column] for column in block], rows, block, numbered)
+        """Tables one below the other, each of as many columns as fit into the width."""
+        columns = [self._cells(column) for column in range(len(self.columns))]
+        widths = [_PADDING + max(map(_cell_width, cells)) for cells in columns]
+        labels = [*(self.tokens[row] for row in rows), *self.footers]
+        width -= min(_LONGEST_LABEL, max(map(cell_len, labels))) + _PADDING
+        width -= (len(str(len(self.tokens))) + _PADDING) if numbered else 0
+        for block in _blocks(widths, width):
+            yield self._table([columns[column] for column in block], rows, numbered)
             yield Text()
 
-    def _column(self, column: int) -> list[Text]:
-        """Heading, one cell per input token and the footers of one column."""
+    def _cells(self, column: int) -> list[Text]:
+        """Heading, cell of each input token and footers of one column."""
         values = self.columns[column]
-        # the sequence and the tokens have scales of their own, the one being the sum of the other
+        # the sequence is the sum of the tokens, so that its scale is another
         scale = ColorScale.of(values if column == 0 else np.stack(self.columns[1:]))
-        colors = scale.colors(values)
-        cells = [Text(self.headings[column])]
-        cells += [
-            Text(scale.format(float(value)), _style(shade))
-            for value, shade in zip(values, colors, strict=True)
+        cells = [
+            Text(scale.format(float(value)), _style(color))
+            for value, color in zip(values, scale.colors(values), strict=True)
         ]
-        return cells + [Text(_footer(values, column)) for values in self.footers.values()]
+        footers = [Text(_footer(numbers, column)) for numbers in self.footers.values()]
+        return [Text(self.headings[column]), *cells, *footers]
 
     def _table(
-        self,
-        cells: Sequence[Sequence[Text]],
-        rows: npt.NDArray[np.intp],
-        block: range,
-        numbered: bool,
+        self, columns: Sequence[Sequence[Text]], rows: npt.NDArray[np.intp], numbered: bool
     ) -> Table:
         table = Table(box=None, pad_edge=False, padding=(0, _PADDING, 0, 0), header_style="bold")
         if numbered:
             table.add_column("", justify="right", style="dim")
         table.add_column("", no_wrap=True, overflow="ellipsis", max_width=_LONGEST_LABEL)
-        for column in cells:
-            width = max(map(_cell_width, column))
-            table.add_column(column[0], justify="right", no_wrap=True, min_width=width)
+        for cells in columns:
+            width = max(map(_cell_width, cells))
+            table.add_column(cells[0], justify="right", no_wrap=True, min_width=width)
         for row in rows:
             number = [Text(str(row))] if numbered else []
-            label = Text(self.tokens[row])
-            table.add_row(*number, label, *(column[1 + row] for column in cells))
-        for place, name in enumerate(self.footers, start=1 + len(self.tokens)):
-            values = [column[place] for column in cells]
+            table.add_row(*number, Text(self.tokens[row]), *(cells[1 + row] for cells in columns))
+        for row, name in enumerate(self.footers, start=1 + len(self.tokens)):
+            values = [cells[row] for cells in columns]
             if any(values):
                 blank = [Text()] if numbered else []
                 table.add_row(*blank, Text(name, style="italic"), *values)
@@ -131,16 +124,16 @@ class AttributionText:
 
 
 def _footer(values: FloatArray, column: int) -> str:
-    """What a footer shows in a column; a single value belongs to the sequence, column 0."""
-    place = column if len(values) == 1 and column == 0 else column - 1
-    return f"{values[place]:.3g}" if 0 <= place < len(values) else ""
+    """The number of a footer in a column; a single number belongs to the sequence, column 0."""
+    index = column if len(values) == 1 and column == 0 else column - 1
+    return f"{values[index]:.3g}" if 0 <= index < len(values) else ""
 
 
-def _blocks(widths: Sequence[int], room: int) -> Iterator[range]:
-    """Consecutive columns that fit side by side; at least one at a time."""
+def _blocks(widths: Sequence[int], total: int) -> Iterator[range]:
+    """Consecutive columns that fit into the total width; at least one in each block."""
     start, used = 0, 0
     for column, width in enumerate(widths):
-        if column > start and used + width > room:
+        if column > start and used + width > total:
             yield range(start, column)
             start, used = column, 0
         used += width
@@ -153,12 +146,13 @@ def _cell_width(cell: Text) -> int:
 
 def _style(background: npt.NDArray[np.float64]) -> Style:
     red, green, blue = (255 * part for part in background[:3])
-    shade = "#000000" if text_color(background) == "black" else "#ffffff"  # not a theme's
-    return Style(color=shade, bgcolor=Color.from_rgb(red, green, blue).name)
+    # in hexadecimal, since a terminal's theme can change the named colours
+    text = "#000000" if text_color(background) == "black" else "#ffffff"
+    return Style(color=text, bgcolor=Color.from_rgb(red, green, blue).name)
 
 
 def render_text(renderable: RenderableType, color: bool = True, width: int | None = None) -> str:
-    """What a terminal of `width` columns (None: the present one's) shows; 256 colours or none."""
+    """Text for a terminal of `width` columns (None: the current one's), in 256 colours or none."""
     console = Console(
         file=StringIO(),
         width=width,
@@ -174,5 +168,5 @@ def render_text(renderable: RenderableType, color: bool = True, width: int | Non
 
 
 def print_text(renderable: RenderableType, file: IO[str] | None = None) -> None:
-    """Print in colours where `file` (None: standard output, or the notebook) can show them."""
+    """Print to `file` (None: standard output, or the notebook), in colours where it has them."""
     Console(file=file).print(renderable, highlight=False, markup=False, emoji=False)

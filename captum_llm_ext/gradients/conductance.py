@@ -120,7 +120,7 @@ class Conductance(PathMethod):
     moves_layers = False
 
     @classmethod
-    def of(cls, attr_method: LayerConductance, **options: Any) -> Conductance:  # type: ignore[override]
+    def of(cls, attr_method: LayerConductance, **options: Any) -> Conductance:
         return cls(quadrature(**options, more_points=1))
 
     def sites(self, sites: Sequence[Site], model: nn.Module) -> Sequence[Site]:

@@ -62,9 +62,7 @@ class IntegratedGradients(PathMethod):
         self.sums_to = DIFFERENCE if multiplies else None
 
     @classmethod
-    def of(  # type: ignore[override]
-        cls, attr_method: LayerIntegratedGradients, **options: Any
-    ) -> IntegratedGradients:
+    def of(cls, attr_method: LayerIntegratedGradients, **options: Any) -> IntegratedGradients:
         multiplies = attr_method.multiplies_by_inputs
         if options.get("method") == ADAPTIVE and not multiplies:
             raise ValueError('method="adaptive" needs multiply_by_inputs=True: it checks the sums')

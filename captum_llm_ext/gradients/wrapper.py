@@ -41,6 +41,7 @@ from captum_llm_ext.model.adapter import layout_of
 from captum_llm_ext.model.hooks import frozen_parameters, without_checkpointing
 from captum_llm_ext.model.layers import input_device, resolve_sites
 from captum_llm_ext.model.quantized import dequantized_products, quietly
+from captum_llm_ext.model.random_state import same_random_state
 from captum_llm_ext.registry import load, method_named
 from captum_llm_ext.results.single import LLMAttributionResult
 from captum_llm_ext.scoring.checks import check_counts, check_gradients, warn_of_low_precision
@@ -268,12 +269,11 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
         Raises:
             ValueError, TypeError: as `attribute` does.
         """
-        method = gradient_method(
-            self.attr_method, {n: v for n, v in options.items() if n in self.method_options()}
-        )
-        _check_method(
-            method, options.get("baselines"), "independent", type(self.attr_method).__name__
-        )
+        chosen = {name: x for name, x in options.items() if name in self._driver.options}
+        with same_random_state():  # a method that draws at random draws now
+            method = gradient_method(self._driver, self.attr_method, chosen)
+        name = type(self.attr_method).__name__
+        _check_method(method, options.get("baselines"), "independent", name)
 
     def _path_start(
         self,

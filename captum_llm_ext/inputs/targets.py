@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from captum_llm_ext.compat import DEFAULT_GEN_ARGS, _convert_ids_to_pretty_tokens
-from captum_llm_ext.display import readable_token
 from captum_llm_ext.inputs.baselines import token_ids
+from captum_llm_ext.inputs.token_text import readable_token
 
 GRADIENT_TARGETS = ("log_prob", "prob", "logit")
 PERTURBATION_TARGETS = (*GRADIENT_TARGETS, "rank")

@@ -29,6 +29,7 @@ from captum_llm_ext.scoring.teacher_forcing import (
     TeacherForcing,
     read_logits,
     tokens_per_pass,
+    tolerance,
 )
 
 logger = logging.getLogger(__name__)
@@ -122,7 +123,7 @@ class PromptScorer:
 
     def _agrees(self, log_probs: Tensor) -> bool:
         expected = read_scores(self.probe)[0, 1]
-        allowed = self.probe.tolerance * expected.abs().max().clamp(min=1)
+        allowed = tolerance(self.probe.precision) * expected.abs().max().clamp(min=1)
         return bool((log_probs - expected).abs().max() <= allowed)
 
     def _alone(self, prompt: Tensor, advance: Callable[[int], Any]) -> Tensor:

@@ -9,7 +9,7 @@ import numpy.typing as npt
 from captum.attr import InterpretableInput
 from torch import Tensor
 
-from captum_llm_ext.results.export import fields_of
+from captum_llm_ext.results.json_format import fields_of
 from captum_llm_ext.results.layered import LLMLayerAttributionResult
 from captum_llm_ext.results.merge import Spans
 from captum_llm_ext.results.single import LLMAttributionResult
@@ -23,33 +23,34 @@ if TYPE_CHECKING:
 OVER_LAYERS: dict[str, Callable[[Tensor], Tensor]] = {
     "mean": lambda values: values.mean(0),
     "max": lambda values: values.amax(0),
-    "rollout": lambda values: values[-1],  # each layer's holds those under it
+    "rollout": lambda values: values[-1],  # a layer's rollout includes the layers below it
     "value_norm": lambda values: values.mean(0),
 }
 
 
 class LLMAttentionAttributionResult(LLMLayerAttributionResult):
-    """Attention of target tokens to the input: a result of several layers, and the full tensor.
+    """Attention of target tokens to the input: a result of several layers, and all weights.
 
-    `token_attr` is `layer_token_attr` over the layers: their mean ("mean", "value_norm"), their
-    maximum ("max"), or that of the last layer ("rollout"). `seq_attr` and `layer_seq_attr` are the
-    means of these over the target tokens.
+    `token_attr` reduces `layer_token_attr` over the layers: their mean ("mean", "value_norm"),
+    their maximum ("max"), or the last layer ("rollout"). `seq_attr` and `layer_seq_attr` are the
+    means of `token_attr` and `layer_token_attr` over the target tokens.
 
     Args:
         input_tokens: n_input tokens or features.
         output_tokens: n_output target tokens.
         layer_names: n_layers distinct names of attention modules.
-        layer_token_attr: shape (n_layers, n_output, n_input), the heads reduced.
+        layer_token_attr: shape (n_layers, n_output, n_input), reduced over the heads.
         attention: softmaxed weights, shape (n_layers, n_heads, n_output, n_input).
-        sink_attention: shape (n_layers, n_heads, n_output), what each row over all keys lacks of
-            1: attention to sinks that are no token; 0 but for rounding in families without any.
+        sink_attention: weight of attention sinks that are not tokens, shape (n_layers, n_heads,
+            n_output): 1 minus the sum of the weights over all keys. Without such sinks it is 0 up
+            to rounding.
         reduction: "mean" (default), "max", "rollout" or "value_norm".
-        heads: which heads of the model these are, n_heads of them; None (default) for all.
+        heads: n_heads indices of heads of the model; None (default) for all heads.
         prompt_attention: weights among the tokens of the prompt, query by key, shape (n_layers,
             n_heads, n_prompt, n_prompt), or None (default).
-        prompt_tokens: n_prompt tokens, of the template and those skipped too, or None (default).
+        prompt_tokens: n_prompt tokens, template and skipped ones too, or None (default).
         output_probs: log probability of each output token, shape (n_output,), or None (default).
-        inp: the interpretable input explained, or None (default).
+        inp: the attributed interpretable input, or None (default).
 
     Raises:
         ValueError: a shape does not fit, or the reduction is unknown.
@@ -86,11 +87,16 @@ class LLMAttentionAttributionResult(LLMLayerAttributionResult):
         output_probs: npt.ArrayLike | None = None,
         inp: InterpretableInput | None = None,
     ) -> None:
-        self.reduction = _checked_reduction(reduction)
+        if reduction not in OVER_LAYERS:
+            raise ValueError(
+                f"reduction must be one of {', '.join(OVER_LAYERS)}; got {reduction!r}"
+            )
+        self.reduction = reduction
         layers, outputs = {"n_layers": len(layer_names)}, {"n_output": len(output_tokens)}
         inputs = {"n_input": len(input_tokens)}
-        shape = layers | outputs | inputs
-        layer_token_attr = checked_tensor("layer_token_attr", layer_token_attr, shape)
+        layer_token_attr = checked_tensor(
+            "layer_token_attr", layer_token_attr, layers | outputs | inputs
+        )
         super().__init__(
             input_tokens=input_tokens,
             output_tokens=output_tokens,
@@ -113,12 +119,12 @@ class LLMAttentionAttributionResult(LLMLayerAttributionResult):
         )
 
     def merge(self, spans: str | Spans = "word") -> Self:
-        """The same with several input tokens as one, whose attention is the sum of theirs."""
+        """The result with several input tokens as one, which has the sum of their attention."""
         merged = super().merge(spans)
         if self.reduction != "max":
             return merged
         fields = {name: getattr(merged, name) for name in fields_of(merged)}
-        # the largest sum is not the sum of the largest
+        # the maximum over heads of the sums is not the sum of the maxima
         return type(self)(**fields | {"layer_token_attr": merged.attention.amax(1)})
 
     def plot_layer_attr(
@@ -133,8 +139,8 @@ class LLMAttentionAttributionResult(LLMLayerAttributionResult):
         Args:
             show: True shows the plot and returns None; False (default) returns (figure, axes).
             ax: axes to draw into; None (default) for a new figure.
-            normalize: divide each layer by its own largest value, a dominant token left aside
-                (default False, since shares of attention compare as they are).
+            normalize: divide each layer by its largest value, outliers excluded (default False,
+                since the attention of different layers can be compared).
             merge: "word" or spans to `merge` first; None (default) for tokens.
         """
         return super().plot_layer_attr(show, ax, normalize, merge)
@@ -146,9 +152,3 @@ class LLMAttentionAttributionResult(LLMLayerAttributionResult):
         layers, heads = count(len(self), "layer"), count(len(self.heads), "head")
         tokens = LLMAttributionResult._title(self)
         return f"{tokens}, attention, {self.reduction} over {heads} of {layers}"
-
-
-def _checked_reduction(reduction: str) -> str:
-    if reduction not in OVER_LAYERS:
-        raise ValueError(f"reduction must be one of {', '.join(OVER_LAYERS)}; got {reduction!r}")
-    return reduction

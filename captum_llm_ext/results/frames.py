@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from captum_llm_ext.display import distinct_names
-from captum_llm_ext.results.export import fields_of
+from captum_llm_ext.results.json_format import fields_of
 from captum_llm_ext.results.values import FloatArray, array
 
 if TYPE_CHECKING:
@@ -17,19 +17,21 @@ if TYPE_CHECKING:
 SEQUENCE = "sequence"  # the column of the attribution to the whole output
 
 
-def arrays(result: Any) -> dict[str, FloatArray]:
-    """Every array of a result by the name of its attribute, those that are None left out."""
-    found: dict[str, FloatArray] = {}
+def named_arrays(result: Any) -> dict[str, FloatArray]:
+    """Each array of a result by the name of its attribute; attributes that are None are left out.
+
+    The arrays of an attribute that is a dict are named "attribute.key".
+    """
+    values: dict[str, Any] = {}
     for name in fields_of(result):
         value = getattr(result, name)
-        parts = value if isinstance(value, dict) else {}
-        named = {name: value} | {f"{name}.{key}": part for key, part in parts.items()}
-        found |= {key: array(part) for key, part in named.items() if isinstance(part, Tensor)}
-    return found
+        entries = value if isinstance(value, dict) else {}
+        values |= {name: value} | {f"{name}.{key}": entry for key, entry in entries.items()}
+    return {name: array(value) for name, value in values.items() if isinstance(value, Tensor)}
 
 
 def wide_frame(result: Any) -> DataFrame:
-    """A row per input token; the columns are the sequence and the output tokens."""
+    """A row for each input token, and columns for the sequence and each output token."""
     pandas = _pandas()
     columns, headings = [array(result.seq_attr)], [SEQUENCE]
     if result.token_attr is not None:
@@ -43,7 +45,7 @@ def wide_frame(result: Any) -> DataFrame:
 
 
 def long_frame(result: Any) -> DataFrame:
-    """A row per output token and input token; the sequence has no output position or token."""
+    """A row for each output and input token; rows of the sequence have no output token."""
     pandas = _pandas()
     values = array(result.seq_attr)[None]
     if result.token_attr is not None:
@@ -63,7 +65,7 @@ def long_frame(result: Any) -> DataFrame:
 
 
 def layered_frame(frames: dict[str, DataFrame], long: bool) -> DataFrame:
-    """The frames of several layers under one another, the layer as first level or column."""
+    """The frames of all layers, with the layer as first level of the index or first column."""
     stacked = _pandas().concat(frames, names=["layer"])
     return stacked.reset_index("layer").reset_index(drop=True) if long else stacked
 

@@ -12,9 +12,9 @@ from captum.attr import InterpretableInput
 from torch import Tensor
 
 from captum_llm_ext.display import View, draw_heat_map, relative_to_rows, short_layer_names
+from captum_llm_ext.results.display_mixin import return_or_show
 from captum_llm_ext.results.frames import layered_frame
 from captum_llm_ext.results.merge import Spans
-from captum_llm_ext.results.shown import shown
 from captum_llm_ext.results.single import LLMAttributionResult
 from captum_llm_ext.results.values import (
     array,
@@ -35,10 +35,10 @@ _T = TypeVar("_T")
 
 
 class LLMLayerAttributionResult(LLMAttributionResult, Mapping[str, LLMAttributionResult]):
-    """Attribution at several layers: one result for all, and a mapping from name to each layer's.
+    """Attribution at several layers: one result for all, and a mapping from layer name to result.
 
-    `seq_attr` and `token_attr` are the mean over the layers where these were attributed
-    independently, and their sum where they were moved jointly.
+    `seq_attr` and `token_attr` are the mean over layers attributed independently, or the sum over
+    layers moved jointly along the path.
 
     Args:
         input_tokens: n_input tokens or features.
@@ -47,18 +47,19 @@ class LLMLayerAttributionResult(LLMAttributionResult, Mapping[str, LLMAttributio
         layer_seq_attr: shape (n_layers, n_input).
         layer_token_attr: shape (n_layers, n_output, n_input), or None (default).
         layer_mode: "independent" (default) or "joint".
-        convergence_delta: shape (n_layers, n_output), or (n_layers, 1) for the sequence alone,
-            where independent; (n_output,) or (1,) where joint; None (default) without a path.
+        convergence_delta: for independent layers shape (n_layers, n_output), or (n_layers, 1) for
+            the sequence alone; for joint layers (n_output,) or (1,); None (default) without a path.
         hidden_attr: layer name → shape (n_output, n_input, hidden); None (default) if not kept.
         output_probs: log probability of each output token, shape (n_output,), or None (default).
-        inp: the interpretable input explained, or None (default).
-        layer_n_evaluations: of each layer, the points of its path whose gradient was taken; None
+        inp: the attributed interpretable input, or None (default).
+        layer_n_evaluations: for each layer the number of path points whose gradient was taken, or
+            None (default).
+        layer_converged: for each layer whether adaptive quadrature met its tolerance, or None
             (default).
-        layer_converged: of each layer, whether adaptive quadrature met its tolerance; None
-            (default).
-        layer_score_paths: of each layer, points of its path and the sequence score there, shape
-            (2, n_points); None (default).
-        norm: of gradients of which the values are, or None (default) where they add up.
+        layer_score_paths: for each layer the points of its path and the sequence scores there,
+            shape (2, n_points), or None (default).
+        norm: "l1", "l2" or "linf" where values are norms of gradients; None (default) where values
+            are attributions that add up.
 
     Raises:
         ValueError: a shape does not fit the tokens and layers, or a name comes twice.
@@ -102,24 +103,27 @@ class LLMLayerAttributionResult(LLMAttributionResult, Mapping[str, LLMAttributio
         self.layer_n_evaluations = _per_layer("layer_n_evaluations", layer_n_evaluations, n_layers)
         self.layer_converged = _per_layer("layer_converged", layer_converged, n_layers)
         self.layer_score_paths = _per_layer("layer_score_paths", layer_score_paths, n_layers)
-        self.layer_mode = _layer_mode(layer_mode)
-        layers, inputs = {"n_layers": len(self.layer_names)}, {"n_input": len(input_tokens)}
+        if layer_mode not in ("independent", "joint"):
+            raise ValueError(f'layer_mode: expected "independent" or "joint", got {layer_mode!r}')
+        self.layer_mode = layer_mode
+        layers, inputs = {"n_layers": n_layers}, {"n_input": len(input_tokens)}
         outputs = {"n_output": len(output_tokens)}
         self.layer_seq_attr = checked_tensor("layer_seq_attr", layer_seq_attr, layers | inputs)
         self.layer_token_attr = optional_tensor(
             "layer_token_attr", layer_token_attr, layers | outputs | inputs
         )
+        token_attr = self.layer_token_attr
+        evaluations = _without_none(self.layer_n_evaluations)
+        converged = _without_none(self.layer_converged)
         super().__init__(
             input_tokens=input_tokens,
             output_tokens=output_tokens,
             seq_attr=self._over_layers(self.layer_seq_attr),
-            token_attr=(
-                None if self.layer_token_attr is None else self._over_layers(self.layer_token_attr)
-            ),
+            token_attr=None if token_attr is None else self._over_layers(token_attr),
             output_probs=output_probs,
             inp=inp,
-            n_evaluations=_sum_of_known(self.layer_n_evaluations),
-            converged=_all_of_known(self.layer_converged),
+            n_evaluations=sum(evaluations) if evaluations else None,
+            converged=all(converged) if converged else None,
             norm=norm,
             score_path=_common_path(self.layer_score_paths),
         )
@@ -130,29 +134,34 @@ class LLMLayerAttributionResult(LLMAttributionResult, Mapping[str, LLMAttributio
         self._hidden_attr = self._checked_hidden_of_layers(hidden_attr)
 
     def __getitem__(self, layer: str | int) -> LLMAttributionResult:
-        """The result of one layer, by its name or its place.
+        """The result of one layer, by its name or index.
 
         Raises:
-            KeyError: no layer has this name; the message names close ones.
-            IndexError: there are not so many layers.
+            KeyError: no layer has this name; the message lists similar names.
+            IndexError: there are fewer layers.
         """
         name = layer if isinstance(layer, str) else self.layer_names[layer]
-        place = self._place(name)
-        delta = self.convergence_delta
+        if name not in self.layer_names:
+            close = difflib.get_close_matches(name, self.layer_names, n=3, cutoff=0.3)
+            raise KeyError(
+                f"no layer named {name!r} among the {count(len(self), 'layer')} of this result"
+                + (f"; close ones: {', '.join(close)}" if close else "")
+            )
+        index, delta = self.layer_names.index(name), self.convergence_delta
         return LLMAttributionResult(
             input_tokens=self.input_tokens,
             output_tokens=self.output_tokens,
-            seq_attr=self.layer_seq_attr[place],
-            token_attr=None if self.layer_token_attr is None else self.layer_token_attr[place],
+            seq_attr=self.layer_seq_attr[index],
+            token_attr=None if self.layer_token_attr is None else self.layer_token_attr[index],
             output_probs=self.output_probs,
             inp=self.inp,
-            # of layers moved jointly, none has a delta of its own
-            convergence_delta=None if delta is None or delta.dim() == 1 else delta[place],
+            # joint layers share one delta
+            convergence_delta=None if delta is None or delta.dim() == 1 else delta[index],
             hidden_attr=None if self.hidden_attr is None else self.hidden_attr.get(name),
-            n_evaluations=self.layer_n_evaluations[place],
-            converged=self.layer_converged[place],
+            n_evaluations=self.layer_n_evaluations[index],
+            converged=self.layer_converged[index],
             norm=self.norm,
-            score_path=self.layer_score_paths[place],
+            score_path=self.layer_score_paths[index],
         )
 
     def __iter__(self) -> Iterator[str]:
@@ -176,31 +185,22 @@ class LLMLayerAttributionResult(LLMAttributionResult, Mapping[str, LLMAttributio
         Args:
             show: True shows the plot and returns None; False (default) returns (figure, axes).
             ax: axes to draw into; None (default) for a new figure.
-            normalize: divide each layer by its own largest absolute value, a dominant token left
-                aside (default True), since layers differ by orders of magnitude.
+            normalize: divide each layer by its largest absolute value, outliers excluded (default
+                True, since layers differ by orders of magnitude).
             merge: "word" or spans to `merge` first; None (default) for tokens.
         """
         result = self._merged(merge)
         values, label, scale = array(result.layer_seq_attr), "Sequence Attribution", None
         if normalize:
             values, scale = relative_to_rows(values)
-            label += " / largest of its layer but for outliers"
+            label += " / largest of the layer, outliers excluded"
         names = short_layer_names(self.layer_names)
         drawn = draw_heat_map(values[::-1], names[::-1], result.input_tokens, label, ax, scale)
-        return shown(drawn, show)
+        return return_or_show(drawn, show)
 
     def to_dataframe(self, long: bool = False) -> DataFrame:
         frames = {name: layer.to_dataframe(long) for name, layer in self.items()}
         return layered_frame(frames, long)
-
-    def _place(self, name: str) -> int:
-        if name in self.layer_names:
-            return self.layer_names.index(name)
-        close = difflib.get_close_matches(name, self.layer_names, n=3, cutoff=0.3)
-        raise KeyError(
-            f"no layer named {name!r} among the {count(len(self), 'layer')} of this result"
-            + (f"; close ones: {', '.join(close)}" if close else "")
-        )
 
     def _over_layers(self, values: Tensor) -> Tensor:
         return values.mean(dim=0) if self.layer_mode == "independent" else values.sum(dim=0)
@@ -221,35 +221,30 @@ class LLMLayerAttributionResult(LLMAttributionResult, Mapping[str, LLMAttributio
         }
 
     def _footer_delta(self) -> Tensor | None:
-        """Layers attributed independently have deltas of their own, none in common."""
+        """The delta that all layers share: independent layers have one each."""
         return self.convergence_delta if self.layer_mode == "joint" else None
 
     def _views(self) -> list[View]:
-        whole = [replace(view, name=self._together()) for view in super()._views()]
-        layers = self.items()
-        return whole + [replace(layer._views()[0], name=name) for name, layer in layers]
+        whole = [replace(view, name=self._reduction_name()) for view in super()._views()]
+        return whole + [replace(layer._views()[0], name=name) for name, layer in self.items()]
 
     def _title(self) -> str:
-        return f"{super()._title()}, {self._together()}"
+        return f"{super()._title()}, {self._reduction_name()}"
 
-    def _together(self) -> str:
-        together = "mean over" if self.layer_mode == "independent" else "sum of"
-        return f"{together} {count(len(self), 'layer')}"
+    def _reduction_name(self) -> str:
+        reduction = "mean over" if self.layer_mode == "independent" else "sum of"
+        return f"{reduction} {count(len(self), 'layer')}"
 
 
 def _distinct_layer_names(names: Sequence[str]) -> list[str]:
     listed = token_list("layer_names", names)
     repeated = [name for name in listed if listed.count(name) > 1]
     if repeated or not listed:
-        came = f"{repeated[0]!r} more than once" if repeated else "none"
-        raise ValueError(f"layer_names: expected distinct names, got {came}; name each layer once")
+        problem = f"{repeated[0]!r} more than once" if repeated else "none"
+        raise ValueError(
+            f"layer_names: expected distinct names, got {problem}; name each layer once"
+        )
     return listed
-
-
-def _layer_mode(mode: str) -> str:
-    if mode not in ("independent", "joint"):
-        raise ValueError(f'layer_mode: expected "independent" or "joint", got {mode!r}')
-    return mode
 
 
 def _per_layer(name: str, values: Sequence[_T | None] | None, n_layers: int) -> list[_T | None]:
@@ -262,15 +257,9 @@ def _per_layer(name: str, values: Sequence[_T | None] | None, n_layers: int) -> 
 
 
 def _common_path(paths: Sequence[Tensor | None]) -> Tensor | None:
-    """The path that all layers share, as those of conductance and joint ones do."""
+    """The path that all layers share, as layers of conductance and joint layers do."""
     return paths[0] if all(equal(path, paths[0]) for path in paths) else None
 
 
-def _sum_of_known(counts: Sequence[int | None]) -> int | None:
-    known = [count for count in counts if count is not None]
-    return sum(known) if known else None
-
-
-def _all_of_known(flags: Sequence[bool | None]) -> bool | None:
-    known = [flag for flag in flags if flag is not None]
-    return all(known) if known else None
+def _without_none(values: Sequence[_T | None]) -> list[_T]:
+    return [value for value in values if value is not None]

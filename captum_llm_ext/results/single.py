@@ -10,16 +10,17 @@ from captum.attr import InterpretableInput
 from captum.attr import LLMAttributionResult as CaptumLLMAttributionResult
 from torch import Tensor
 
-from captum_llm_ext.display import distinct_names, readable_tokens
-from captum_llm_ext.results.export import fields_of
+from captum_llm_ext.display import distinct_names
+from captum_llm_ext.inputs.token_text import readable_tokens
+from captum_llm_ext.results.display_mixin import DisplayMixin
+from captum_llm_ext.results.export_mixin import ExportMixin
+from captum_llm_ext.results.json_format import fields_of
 from captum_llm_ext.results.merge import Spans, merged_fields
-from captum_llm_ext.results.shown import ShownResult
-from captum_llm_ext.results.stored import StoredResult
 from captum_llm_ext.results.values import (
     array,
+    checked_norm,
     checked_tensor,
     equal,
-    known_norm,
     optional_tensor,
     token_list,
 )
@@ -28,36 +29,36 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class LLMAttributionResult(ShownResult, StoredResult, CaptumLLMAttributionResult):
-    """Attribution of every input token to every output token and to the whole output.
+class LLMAttributionResult(DisplayMixin, ExportMixin, CaptumLLMAttributionResult):
+    """Attribution of each input token to each output token and to the whole output.
 
-    A `captum.attr.LLMAttributionResult` that keeps every value in float32, detached, on the device
-    it came from.
+    A `captum.attr.LLMAttributionResult` whose tensors are float32, detached, and on the device of
+    the values passed in.
 
     Args:
         input_tokens: n_input tokens or features.
         output_tokens: n_output target tokens.
-        seq_attr: attribution to the sequence score, shape (n_input,). In units of the score (nats
-            for "log_prob"), or of the score per unit of the layer for gradient norms.
+        seq_attr: attribution to the sequence score, shape (n_input,), in units of the score (nats
+            for "log_prob"); gradient norms are in units of the score per unit of the layer.
         token_attr: attribution to each token's score, shape (n_output, n_input); None (default)
             where only the sequence was attributed.
         output_probs: log probability of each output token, shape (n_output,), or None (default).
-        inp: the interpretable input explained, or None (default).
-        convergence_delta: sum of the attributions less the score difference they should sum to,
-            shape (n_output,), or (1,) for the sequence alone; None (default) for methods without
-            a path. Sundararajan et al. 2017, https://arxiv.org/abs/1703.01365.
-        hidden_attr: attribution before it was summed over hidden units, shape (n_output, n_input,
-            hidden), or (1, n_input, hidden) for the sequence alone; None (default) if not kept.
-        n_evaluations: points of the path whose gradient was taken, or None (default).
+        inp: the attributed interpretable input, or None (default).
+        convergence_delta: sum of the attributions minus the score difference that they should sum
+            to, shape (n_output,), or (1,) for the sequence alone; None (default) for methods
+            without a path. Sundararajan et al. 2017, https://arxiv.org/abs/1703.01365.
+        hidden_attr: attribution per hidden unit, shape (n_output, n_input, hidden), or (1, n_input,
+            hidden) for the sequence alone; None (default) if not kept.
+        n_evaluations: number of path points whose gradient was taken, or None (default).
         converged: whether adaptive quadrature met its tolerance, or None (default).
-        score_path: points of the path and the sequence score there, shape (2, n_points), or None
+        score_path: points of the path and the sequence scores there, shape (2, n_points), or None
             (default); see `plot_path`.
-        norm: of gradients of which the values are, "l1", "l2" or "linf"; None (default) for
-            attributions that add up.
+        norm: "l1", "l2" or "linf" where values are norms of gradients; None (default) where values
+            are attributions that add up.
 
     Raises:
-        ValueError: a shape does not fit the tokens, or an unknown norm.
-        TypeError: tokens are one string rather than a list.
+        ValueError: a shape does not fit the tokens, or the norm is unknown.
+        TypeError: tokens are one string, not a list.
 
     Example:
         >>> result = LLMAttributionResult(
@@ -73,7 +74,7 @@ class LLMAttributionResult(ShownResult, StoredResult, CaptumLLMAttributionResult
     """
 
     convergence_delta: Tensor | None
-    __hash__ = None  # type: ignore[assignment]  # compared by value, and can be changed
+    __hash__ = None  # type: ignore[assignment]  # compared by value, and mutable
 
     def __init__(
         self,
@@ -91,7 +92,7 @@ class LLMAttributionResult(ShownResult, StoredResult, CaptumLLMAttributionResult
         norm: str | None = None,
         score_path: Tensor | None = None,
     ) -> None:
-        self.n_evaluations, self.converged, self.norm = n_evaluations, converged, known_norm(norm)
+        self.n_evaluations, self.converged, self.norm = n_evaluations, converged, checked_norm(norm)
         super().__init__(
             input_tokens=token_list("input_tokens", input_tokens),
             output_tokens=token_list("output_tokens", output_tokens),
@@ -140,35 +141,35 @@ class LLMAttributionResult(ShownResult, StoredResult, CaptumLLMAttributionResult
     def hidden_attr(self) -> Any:
         """Attribution per hidden unit, shape (n_output, n_input, hidden), or None.
 
-        Of several layers: a dict from layer name to such a tensor, since widths differ.
+        A result of several layers has a dict from layer name to tensor, since widths differ.
         """
         return self._hidden_attr
 
     @property
     def seq_attr_dict(self) -> dict[str, float]:
-        """Token → attribution; repeated tokens are told apart as "the", "the (2)", "the (3)"."""
+        """Token → attribution; repeated tokens are named "the", "the (2)", "the (3)"."""
         names = distinct_names(self.input_tokens)
         return dict(zip(names, self.seq_attr.tolist(), strict=True))
 
     def merge(self, spans: str | Spans = "word") -> Self:
-        """The same with several input tokens as one: the words of sub-words, or given spans.
+        """The result with several input tokens as one: the tokens of each word, or of each span.
 
-        Attributions of a word are the sum of its tokens'. Norms (`norm` "l2" and "linf" of
-        `LayerSaliency`) are combined to what the norm of the word's whole gradient is: the root of
-        the sum of squares, and the largest.
+        The attribution of a word is the sum over its tokens. A norm of `LayerSaliency` becomes the
+        norm of the gradient of the whole word: the root of the sum of squares for "l2", the
+        largest for "linf".
 
         Args:
-            spans: "word" (default): runs of letters and digits that no space divides; punctuation
-                and tokens of scripts without spaces stay as they are, and so do features that are
-                no tokens (values of a template). Or (start, stop) places of input tokens; those
-                outside all spans stay as they are.
+            spans: "word" (default) for words, which are runs of letters and digits without a
+                space inside; or spans (start, stop) of input tokens. Other tokens stay as they
+                are: punctuation, scripts without spaces, tokens outside all spans. "word" also
+                leaves features that are not tokens, such as the values of a template.
 
         Returns:
             A result with the words as `input_tokens` and without `inp`; scores and convergence
-            deltas stay as they were.
+            deltas do not change.
 
         Raises:
-            ValueError: spans that overlap or leave the input.
+            ValueError: spans overlap or exceed the input.
 
         Example:
             >>> result = LLMAttributionResult(
@@ -183,14 +184,11 @@ class LLMAttributionResult(ShownResult, StoredResult, CaptumLLMAttributionResult
         fields = {name: getattr(self, name) for name in stored}
         return type(self)(**merged_fields(fields, spans, self.inp))
 
-    def _top(self, number: int = 3) -> str:
-        values = array(self.seq_attr)
-        largest = np.argsort(-np.abs(np.nan_to_num(values)), kind="stable")[:number]
-        tokens = readable_tokens(self.input_tokens, 20)
-        return ", ".join(f"'{tokens[place]}' {values[place]:.3g}" for place in largest)
-
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self._title()}, top: {self._top()})"
+        values, tokens = array(self.seq_attr), readable_tokens(self.input_tokens, 20)
+        largest = np.argsort(-np.abs(np.nan_to_num(values)), kind="stable")[:3]
+        top = ", ".join(f"'{tokens[i]}' {values[i]:.3g}" for i in largest)
+        return f"{type(self).__name__}({self._title()}, top: {top})"
 
     def __eq__(self, other: object) -> bool:
         if type(other) is not type(self):

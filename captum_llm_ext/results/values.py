@@ -1,4 +1,4 @@
-"""Values as results keep them: tensors of the right shape, compared and counted."""
+"""Tensors, norms and tokens of results: checked, compared and counted."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def token_list(name: str, tokens: Sequence[str]) -> list[str]:
 
 
 def checked_tensor(name: str, values: npt.ArrayLike, *shapes: Mapping[str, int | None]) -> Tensor:
-    """Values as a detached float32 tensor of one of the shapes; None is any size."""
+    """Values as a detached float32 tensor of one of the shapes, in which None is any size."""
     tensor = values if isinstance(values, Tensor) else torch.as_tensor(values)
     tensor = tensor.detach().to(torch.float32)
     if not any(_fits(tensor.shape, list(shape.values())) for shape in shapes):
-        wanted = " or ".join(f"({', '.join(shape)}) = {_sizes(shape)}" for shape in shapes)
+        expected = " or ".join(f"({', '.join(shape)}) = {_sizes(shape)}" for shape in shapes)
         raise ValueError(
-            f"{name}: expected shape {wanted}, got {tuple(tensor.shape)}; "
+            f"{name}: expected shape {expected}, got {tuple(tensor.shape)}; "
             "give one value per token, in the order of the tokens"
         )
     return tensor
@@ -37,9 +37,9 @@ def optional_tensor(
     return None if values is None else checked_tensor(name, values, *shapes)
 
 
-def _fits(shape: Sequence[int], wanted: Sequence[int | None]) -> bool:
-    return len(shape) == len(wanted) and all(
-        want in (None, size) for size, want in zip(shape, wanted, strict=True)
+def _fits(shape: Sequence[int], sizes: Sequence[int | None]) -> bool:
+    return len(shape) == len(sizes) and all(
+        size in (None, length) for length, size in zip(shape, sizes, strict=True)
     )
 
 
@@ -51,18 +51,18 @@ def array(values: Tensor) -> FloatArray:
     return values.detach().cpu().numpy()
 
 
-def known_norm(norm: str | None) -> str | None:
+def checked_norm(norm: str | None) -> str | None:
     if norm not in (None, "l1", "l2", "linf"):
         raise ValueError(f'norm: expected "l1", "l2", "linf" or None, got {norm!r}')
     return norm
 
 
-def count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
+def count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def equal(mine: object, theirs: object) -> bool:
-    """Equality by value, through tensors, lists and dicts of them; not-a-number equals itself."""
+    """Equality by value, also of tensors in lists and dicts; not-a-number equals itself."""
     if isinstance(mine, Tensor) and isinstance(theirs, Tensor):
         same = mine.shape == theirs.shape
         return same and torch.allclose(mine.cpu(), theirs.cpu(), rtol=0, atol=0, equal_nan=True)

@@ -1,4 +1,4 @@
-"""The page of a result as text: what is in it, that tokens stay text, and that it stays small."""
+"""The page of a result as text: its content, its safety and its size."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ class Page(HTMLParser):
         assert not self._open
 
     def handle_starttag(self, tag, attrs):
-        given = dict(attrs)
-        self.elements.append((tag, given))
+        attributes = dict(attrs)
+        self.elements.append((tag, attributes))
         if tag not in VOID:
-            self._open.append((tag, given.get("class") or ""))
+            self._open.append((tag, attributes.get("class") or ""))
         if tag == "span" and self._parent() in self.texts:
             self.texts[self._parent()].append("")
         if tag == "script":
@@ -66,7 +66,7 @@ class Page(HTMLParser):
 
     @property
     def views(self) -> list[dict]:
-        (data,) = [given["data-views"] for _, given in self.elements if "data-views" in given]
+        (data,) = [a["data-views"] for _, a in self.elements if "data-views" in a]
         return json.loads(str(data))
 
 
@@ -96,17 +96,17 @@ def test_without_scripts_the_prompt_has_the_colours_of_the_plots():
     for span, expected, value in zip(
         spans, scale.colors(result.seq_attr.numpy()), result.seq_attr.tolist(), strict=True
     ):
-        found = re.search(r"background:(#\w{6})", str(span["style"]))
-        assert found
-        np.testing.assert_allclose(to_rgb(found[1]), expected[:3], atol=1 / 255)
+        match = re.search(r"background:(#\w{6})", str(span["style"]))
+        assert match
+        np.testing.assert_allclose(to_rgb(match[1]), expected[:3], atol=1 / 255)
         assert span["title"] == scale.format(value)
 
 
 def test_signs_and_outliers_show_without_colour():
     values = [100.0, 3.0, -2.0, 1.0, -0.001]
     result = LLMAttributionResult(input_tokens=WORDS, output_tokens=["a"], seq_attr=values)
-    marks = [given.get("class") for given in Page(result.to_html()).shaded]
-    assert marks == ["beyond", None, "negative", None, None]
+    classes = [span.get("class") for span in Page(result.to_html()).shaded]
+    assert classes == ["beyond", None, "negative", None, None]
 
 
 def test_the_values_are_there_to_three_digits_and_more():
@@ -115,8 +115,8 @@ def test_the_values_are_there_to_three_digits_and_more():
     assert [view["name"] for view in views] == ["mean over 3 layers", *result.layer_names]
     for view, part in zip(views, [result, *result.values()], strict=True):
         rows = np.concatenate([part.seq_attr.numpy()[None], part.token_attr.numpy()])
-        found = stored_values(view, 5)
-        np.testing.assert_allclose(found, rows, rtol=6e-4, atol=1e-7 * np.abs(rows).max())
+        values = stored_values(view, 5)
+        np.testing.assert_allclose(values, rows, rtol=6e-4, atol=1e-7 * np.abs(rows).max())
         assert view["sequence"]["limit"] == ColorScale.of(rows[0]).limit
         assert view["tokens"]["limit"] == ColorScale.of(rows[1:]).limit
 
@@ -127,9 +127,9 @@ def test_any_number_makes_a_page(value):
     result = LLMAttributionResult(
         input_tokens=WORDS, output_tokens=["a"], seq_attr=values[0], token_attr=values
     )
-    found = stored_values(Page(result.to_html()).views[0], 5)
-    np.testing.assert_array_equal(np.isnan(found[0]), values[0].isnan().numpy())
-    np.testing.assert_array_equal(np.isinf(found[0]), values[0].isinf().numpy())
+    stored = stored_values(Page(result.to_html()).views[0], 5)
+    np.testing.assert_array_equal(np.isnan(stored[0]), values[0].isnan().numpy())
+    np.testing.assert_array_equal(np.isinf(stored[0]), values[0].isinf().numpy())
 
 
 def test_the_sequence_alone_makes_a_page():
@@ -137,7 +137,7 @@ def test_the_sequence_alone_makes_a_page():
     assert stored_values(Page(result.to_html()).views[0], 5).shape == (1, 5)
 
 
-def test_log_probability_and_delta_are_said_of_each_output_token():
+def test_output_tokens_have_their_log_probability_and_delta_as_title():
     result = LLMAttributionResult(
         input_tokens=WORDS,
         output_tokens=["a", "b"],
@@ -145,7 +145,7 @@ def test_log_probability_and_delta_are_said_of_each_output_token():
         output_probs=[-0.25, -1.5],
         convergence_delta=torch.tensor([0.125]),
     )
-    titles = [given.get("title") for tag, given in Page(result.to_html()).elements if tag == "span"]
+    titles = [a.get("title") for tag, a in Page(result.to_html()).elements if tag == "span"]
     assert titles[:3] == [
         "convergence delta 0.125",
         "log probability -0.25",
@@ -193,13 +193,13 @@ def test_layer_names_and_values_of_templates_are_text_too():
 def test_nothing_is_fetched():
     html = result_of(WORDS, ["a"]).to_html()
     assert not re.search(r"https?:|//\w|url\(|@import|\bfetch\b|XMLHttpRequest|import\(", html)
-    attributes = {name for _, given in Page(html).elements for name in given}
-    assert not attributes & {"src", "href", "srcset", "action", "id", "onclick", "onload"}
+    names = {name for _, attributes in Page(html).elements for name in attributes}
+    assert not names & {"src", "href", "srcset", "action", "id", "onclick", "onload"}
 
 
 def test_only_the_script_of_the_page_may_run():
     page = Page(result_of(WORDS, ["a"]).to_html())
-    (policy,) = [g["content"] for _, g in page.elements if "http-equiv" in g]
+    (policy,) = [a["content"] for _, a in page.elements if "http-equiv" in a]
     digest = base64.b64encode(hashlib.sha256(page.scripts[0].encode()).digest()).decode()
     assert policy == (
         f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
@@ -212,9 +212,9 @@ def test_only_the_script_of_the_page_may_run():
         (1, 5, 1, 2, 2),
         (1, 600, 50, 2, 51),
         (121, 17, 14, 122, 15),
-        (30, 600, 50, 31, 51),  # rows of the layers left out
-        (121, 600, 50, 1, 51),  # layers left out
-        (1, 1500, 200, 1, 41),  # rows of the first output tokens
+        (30, 600, 50, 31, 51),  # without the output tokens of single layers
+        (121, 600, 50, 1, 51),  # without single layers
+        (1, 1500, 200, 1, 41),  # the first output tokens alone
         (1, 2500, 5, 2, 6),
     ],
 )
@@ -236,7 +236,7 @@ def test_the_page_stays_small_and_says_what_is_left_out(
 
 
 def test_long_prompts_of_many_outputs_stay_small():
-    result = result_of([f"Ġword{place}" for place in range(600)], ["Ġgolf"] * 52)
+    result = result_of([f"Ġword{number}" for number in range(600)], ["Ġgolf"] * 52)
     assert len(result.to_html().encode()) < 150_000
 
 
@@ -264,11 +264,11 @@ def luminance(color: np.ndarray) -> float:
 
 
 def test_text_can_be_read_on_every_colour():
-    """Contrast of 4.5 to 1, which is asked of ordinary text, on any ground of a notebook."""
+    """The contrast is at least 4.5 to 1, as the guidelines require of ordinary text."""
     values = random_values(400).sort().values
     result = LLMAttributionResult(input_tokens=["a"] * 400, output_tokens=["b"], seq_attr=values)
     for span in Page(result.to_html()).shaded:
-        found = re.fullmatch(r"background:(#\w{6});color:(\w+)", str(span["style"]))
-        assert found
-        ground, text = (luminance(np.array(to_rgb(color))) for color in found.groups())
-        assert (max(ground, text) + 0.05) / (min(ground, text) + 0.05) >= 4.5
+        match = re.fullmatch(r"background:(#\w{6});color:(\w+)", str(span["style"]))
+        assert match
+        darker, lighter = sorted(luminance(np.array(to_rgb(color))) for color in match.groups())
+        assert (lighter + 0.05) / (darker + 0.05) >= 4.5

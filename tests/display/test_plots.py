@@ -16,11 +16,12 @@ from captum_llm_ext.display import (
     ColorScale,
     draw_bars,
     draw_heat_map,
+    draw_measures,
     draw_shaded_text,
-    readable_token,
     relative_to_rows,
     render_text,
 )
+from captum_llm_ext.inputs.token_text import readable_token
 
 WORDS = ["The", "Ġcapital", "Ġof", "ĠFrance", "$", "x_1", "$", "Ċ", "ĠcafÃ©", "[/bold]", "Ġ"]
 UNPARSEABLE = ["$\\frac{$", "$", "a_$^", "\\", "%", "{"]
@@ -33,7 +34,7 @@ def close_figures():
 
 
 def tokens(number: int) -> list[str]:
-    return [WORDS[place % len(WORDS)] for place in range(number)]
+    return [WORDS[i % len(WORDS)] for i in range(number)]
 
 
 def values(*shape: int) -> np.ndarray:
@@ -44,6 +45,10 @@ def heights(ax) -> list[float]:
     return [bar.get_height() for bar in ax.patches]
 
 
+def widths(ax) -> list[float]:
+    return [bar.get_width() for bar in ax.patches]
+
+
 def pixels(figure) -> tuple[int, int]:
     """Width and height of the figure as it is saved at 100 dots per inch."""
     figure.set_dpi(100)
@@ -51,9 +56,29 @@ def pixels(figure) -> tuple[int, int]:
     return figure.canvas.get_width_height()
 
 
-@pytest.mark.parametrize("module", ["tokens", "scale"])
-def test_examples_in_docstrings_run(module):
-    outcome = doctest.testmod(importlib.import_module(f"captum_llm_ext.display.{module}"))
+def test_bars_have_the_values_of_the_tokens_and_their_labels():
+    row = values(11)
+    figure, ax = draw_bars(row, tokens(11), "Sequence Attribution")
+    figure.canvas.draw()
+    np.testing.assert_allclose(heights(ax), row)
+    labels = [label.get_text() for label in ax.get_xticklabels()]
+    assert labels == [
+        "The",
+        "capital",
+        "of",
+        "France",
+        "$",
+        "x_1",
+        "$",
+        "\\n",
+        "café",
+        "[/bold]",
+        "␣",
+    ]
+
+
+def test_examples_in_docstrings_run():
+    outcome = doctest.testmod(importlib.import_module("captum_llm_ext.display.scale"))
     assert outcome.attempted
     assert not outcome.failed
 
@@ -75,10 +100,10 @@ def test_scale_of_values_that_are_not_negative_is_sequential_from_white():
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
-@pytest.mark.parametrize("place", [0, 3])
-def test_a_dominant_token_does_not_flatten_the_others(sign, place):
+@pytest.mark.parametrize("position", [0, 3])
+def test_a_dominant_token_does_not_flatten_the_others(sign, position):
     row = np.array([3.0, 2.0, 1.0, 2.5, 0.5])
-    row[place] = 100.0 * sign
+    row[position] = 100.0 * sign
     scale = ColorScale.of(row)
     assert scale.limit == np.sort(np.abs(row))[-2]
     assert scale.beyond == 1
@@ -104,11 +129,11 @@ def test_scale_of_degenerate_values_has_a_positive_finite_limit(row):
      (3e-9, 1e-9, "1.0e-09"),
      (12345.0, 7.2, "7")],
 )  # fmt: skip
-def test_numbers_have_the_digits_that_the_scale_calls_for(limit, value, text):
+def test_numbers_have_the_decimals_of_the_scale(limit, value, text):
     assert ColorScale(limit, True, 0).format(value) == text
 
 
-def test_rows_relative_to_their_own_largest_value():
+def test_rows_relative_to_their_largest_value():
     rows = np.array([[1, -2, 3, 4, 1], [1e4, 1e4, 2e4, -4e4, 1e9]], dtype=np.float32)
     relative, scale = relative_to_rows(rows)
     np.testing.assert_allclose(relative[0], rows[0] / 4)
@@ -116,28 +141,7 @@ def test_rows_relative_to_their_own_largest_value():
     assert (scale.limit, scale.beyond) == (1.0, 1)
 
 
-def test_bars_have_the_values_of_the_tokens_and_their_labels():
-    row = values(11)
-    figure, ax = draw_bars(row, tokens(11), "Sequence Attribution")
-    figure.canvas.draw()
-    np.testing.assert_allclose(heights(ax), row)
-    shown = [label.get_text() for label in ax.get_xticklabels()]
-    assert shown == [
-        "The",
-        "capital",
-        "of",
-        "France",
-        "$",
-        "x_1",
-        "$",
-        "\\n",
-        "café",
-        "[/bold]",
-        "␣",
-    ]
-
-
-def test_a_bar_out_of_proportion_is_cut_and_says_its_value():
+def test_the_bar_of_an_outlier_is_cut_and_shows_its_value():
     _, ax = draw_bars(np.array([100.0, 3.0, -2.0, 1.0]), tokens(4), "Attribution")
     assert heights(ax)[0] == 3.0
     assert ax.patches[0].get_hatch()
@@ -158,14 +162,14 @@ def test_a_small_heat_map_shows_its_numbers_in_readable_colours():
 @pytest.mark.parametrize("n_rows", [1, 30])
 def test_heat_maps_show_every_value_and_label_within_bounds(n_rows, n_columns):
     cells = values(n_rows, n_columns)
-    names = [f"t{place}" for place in range(n_columns)]
+    names = [f"t{i}" for i in range(n_columns)]
     figure, ax = draw_heat_map(cells, tokens(n_rows), names, "Attribution")
     assert max(pixels(figure)) < 8000
     blocks = [np.asarray(image.get_array()) for image in ax.images]
     np.testing.assert_array_equal(np.concatenate(blocks, axis=1), cells)
-    shown = [label.get_text() for label in ax.get_xticklabels()]
-    shown += [text.get_text() for text in ax.texts if text.get_text().startswith("t")]
-    assert shown == names
+    labels = [label.get_text() for label in ax.get_xticklabels()]
+    labels += [text.get_text() for text in ax.texts if text.get_text().startswith("t")]
+    assert labels == names
 
 
 @pytest.mark.parametrize("shape", [(121, 5), (121, 600), (100, 2000), (1500, 5), (100, 30000)])
@@ -213,7 +217,7 @@ def test_tokens_are_never_read_as_mathematics(n_tokens):
 
 
 @pytest.mark.parametrize("n_tokens", [5, 600])
-def test_plots_go_into_axes_that_are_given(n_tokens):
+def test_plots_go_into_axes_of_the_caller(n_tokens):
     figure, axes = plt.subplots(1, 3, figsize=(12, 4))
     labels, row = tokens(n_tokens), values(n_tokens)
     assert draw_bars(row, labels, "", axes[0]) == (figure, axes[0])
@@ -222,6 +226,25 @@ def test_plots_go_into_axes_that_are_given(n_tokens):
     figure.canvas.draw()
     assert len(plt.get_fignums()) == 1
     assert tuple(figure.get_size_inches()) == (12.0, 4.0)
+
+
+@pytest.mark.parametrize("n_axes", [1, 2, 3])
+def test_shaded_text_keeps_apart_in_axes_of_the_caller(n_axes):
+    figure, axes = plt.subplots(1, n_axes, figsize=(12, 4), squeeze=False)
+    _, ax = draw_shaded_text(values(600), ["Ġthe"] * 600, "Attribution", axes[0, 0])
+    pixels(figure)
+    boxes = [text.get_window_extent() for text in ax.texts]
+    assert all(a.x1 <= b.x0 + 1.0 for a, b in pairwise(boxes) if abs(a.y0 - b.y0) < 1.0)
+
+
+def test_bars_of_many_measures_fill_the_axes():
+    measures = {"deletion": np.arange(30.0), "insertion": np.arange(30.0) / 2}
+    intervals = {name: np.stack([row - 1, row + 1], axis=1) for name, row in measures.items()}
+    names = [f"method {i}" for i in range(30)]
+    _, ax = draw_measures(names, measures, intervals, "nats")
+    assert ax.get_ylim() == (29.5, -0.5)  # the first method on top, and no empty rows
+    assert [label.get_text() for label in ax.get_yticklabels()] == names
+    assert widths(ax) == [*measures["deletion"], *measures["insertion"]]
 
 
 def test_plots_go_into_axes_of_a_subfigure():
@@ -236,14 +259,14 @@ def test_a_table_shows_tokens_as_they_are_and_no_control_characters():
     cells = values(2, 4)
     text = render_text(AttributionText("t", hostile, hostile[:2], cells[0], cells), False, 100)
     assert "\x1b" not in text
-    for shown in ("[bold red]x[/]", ":smile:", "\\x1b[2J", "[/"):
-        assert shown in text
+    for printed in ("[bold red]x[/]", ":smile:", "\\x1b[2J", "[/"):
+        assert printed in text
 
 
 @pytest.mark.parametrize("width", [30, 60, 200])
 @pytest.mark.parametrize("n_tokens", [5, 60, 61, 300])
 def test_tables_keep_to_the_width_and_lose_no_column(width, n_tokens):
-    outputs = [f"out{place}" for place in range(20)]
+    outputs = [f"out{i}" for i in range(20)]
     cells = values(20, n_tokens)
     text = render_text(
         AttributionText("t", tokens(n_tokens), outputs, cells.sum(0), cells), False, width

@@ -24,8 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import masking_utils
 
-from captum_llm_ext import LayerSaliency, LLMAttribution, LLMGradientAttribution
-from captum_llm_ext.gradients import path as path_walk
+from captum_llm_ext import LayerSaliency, LLMAttribution
+from captum_llm_ext.gradients import path, trace
 from captum_llm_ext.gradients import wrapper as gradient
 from captum_llm_ext.inputs.baselines import PathStart
 from captum_llm_ext.inputs.features import Features
@@ -36,7 +36,6 @@ from captum_llm_ext.perturbations import scorer
 from captum_llm_ext.perturbations.captum_methods import CaptumMethod
 from captum_llm_ext.perturbations.masked_prompts import MaskedPrompts
 from captum_llm_ext.scoring import checks, preparation, tasks
-from captum_llm_ext.scoring import positions as places
 from captum_llm_ext.scoring import teacher_forcing as model_pass
 from tests.models.families import tiny_model, tiny_tokenizer
 from tests.oracles.cases import assert_close, our_attribution, prompt_input, target_ids
@@ -98,15 +97,14 @@ def scores_of_all(method: CaptumMethod, masked: MaskedPrompts, **options: Any) -
 def valueless(monkeypatch: Any) -> Iterator[nn.Module]:
     """A model on the meta device; what reads values is told what it would find."""
     monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
-    monkeypatch.setattr(gradient, "check_ids", lambda forcing: None)
     monkeypatch.setattr(preparation, "check_ids", lambda forcing: None)
     monkeypatch.setattr(checks, "check_finite", lambda probe: None)
     monkeypatch.setattr(model_pass.Pass, "is_causal", lambda scored: True)
-    monkeypatch.setattr(places, "_check_features", lambda site, columns: None)
-    monkeypatch.setattr(path_walk.PathWalk, "note", lambda walk, alphas, scored: None)
-    monkeypatch.setattr(path_walk.PathWalk, "_leap", lambda walk: 0.0)
+    monkeypatch.setattr(trace, "_check_features", lambda site, positions: None)
+    monkeypatch.setattr(path.LayerPath, "note", lambda path, points, scores: None)
+    monkeypatch.setattr(path.LayerPath, "_leap", lambda path: 0.0)
     monkeypatch.setattr(hooks, "is_ids", lambda tensor, ids: tensor.shape == ids.shape)
-    monkeypatch.setattr(path_walk.PathWalk, "_is_models_own", lambda walk, scored: True)
+    monkeypatch.setattr(path.LayerPath, "_reaches_input", lambda path, scored: True)
     monkeypatch.setattr(Features, "n_columns", property(lambda features: len(features.names)))
     monkeypatch.setattr(Features, "first", 0)
     monkeypatch.setattr(gradient, "path_start", start_of_zeros)
@@ -116,11 +114,8 @@ def valueless(monkeypatch: Any) -> Iterator[nn.Module]:
     monkeypatch.setattr(scorer, "_with_reference", lambda many, one: ([*many, one], len(many)))
     monkeypatch.setattr(scorer.PromptScorer, "_agrees", lambda scorer, log_probs: True)
     monkeypatch.setattr(tasks, "output_tokens", lambda ids, tokenizer: ["?"] * len(ids))
-    monkeypatch.setattr(
-        LLMGradientAttribution,
-        "_result",
-        lambda wrapper, job, totals, *rest: {site: totals[site] for site in job.sites},
-    )
+    monkeypatch.setattr(gradient, "check_totals", lambda *rest: None)
+    monkeypatch.setattr(gradient, "to_result", lambda totals, *rest: totals)
     with OneDevice():
         yield tiny_model("llama", fresh=True).to("meta")
 
@@ -157,9 +152,9 @@ def test_ablation_stays_on_the_device(valueless: nn.Module, reuse_prefix: bool) 
 
 def test_a_tensor_that_is_left_behind_is_noticed(valueless: nn.Module, monkeypatch: Any) -> None:
     """The guard of these tests works: ids of the target on the CPU are found."""
-    place = "captum_llm_ext.inputs.targets.Target._values"
-    own = Target._values
-    monkeypatch.setattr(place, lambda target, logits, ids: own(target, logits, ids) + torch.ones(1))
+    place = "captum_llm_ext.inputs.targets.Target._scores"
+    scores = Target._scores
+    monkeypatch.setattr(place, lambda *rest: scores(*rest) + torch.ones(1))
     with pytest.raises((AssertionError, RuntimeError)):
         our_attribution(LayerSaliency, valueless, LAYERS, prompt_input(), target=target_ids(2))
 
@@ -208,7 +203,7 @@ def state(model: nn.Module) -> dict[Any, Any]:
 def test_parts_lie_on_no_device(split: nn.Module) -> None:
     """So that these tests show something: some parameters have no values between passes."""
     assert any(parameter.device.type == "meta" for parameter in split.parameters())
-    assert input_device(split, "cpu") == torch.device("cpu")
+    assert input_device(split) == torch.device("cpu")
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from captum_llm_ext import LLMAttribution
-from captum_llm_ext.gradients import job as gradient_job
+from captum_llm_ext.gradients import run as gradient_run
 from captum_llm_ext.inputs.targets import Target
 from captum_llm_ext.model.memory import Halving, free_bytes, is_out_of_memory
 from captum_llm_ext.scoring.teacher_forcing import TeacherForcing
@@ -170,14 +170,14 @@ def test_rows_stay_reduced() -> None:
 
 def test_progress_counts_every_row_once(monkeypatch: Any) -> None:
     model, told = tiny_model("llama", fresh=True), []
-    own: Any = gradient_job.__dict__["tqdm"]
+    own: Any = gradient_run.__dict__["tqdm"]
 
     class Bar(own):
         def update(self, n: float | None = 1) -> Any:
             told.append(n)
             return super().update(n)
 
-    monkeypatch.setattr(gradient_job, "tqdm", Bar)
+    monkeypatch.setattr(gradient_run, "tqdm", Bar)
     with limited(model, 2):
         attribute(model, "fixed rule", target=target_ids(1), internal_batch_size=8)
     assert sum(told) == 8
@@ -242,7 +242,7 @@ def test_halving_covers_every_row_once_and_in_order(most: int | None, fits: int)
 
 def rows_tried(free: int | None, monkeypatch: Any) -> list[int]:
     """The rows of the passes along the path, where so many bytes are free."""
-    monkeypatch.setattr(gradient_job, "free_bytes", lambda device: free)
+    monkeypatch.setattr(gradient_run, "free_bytes", lambda device: free)
     model = tiny_model("llama", fresh=True)
     with limited(model, 10**6) as seen:
         attribute(model, "fixed rule", "model.embed_tokens", target=target_ids(1))

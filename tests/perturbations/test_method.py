@@ -228,7 +228,8 @@ def test_leave_one_out_of_tensors_is_captums_ablation(name: str, per_eval: int) 
     if name in ("one output in all", "a plain number"):
         per_eval = 1
     expected = FeatureAblation(function).attribute(*arguments, **options)
-    attr = LeaveOneOut(function).attribute(*arguments, perturbations_per_eval=per_eval, **options)
+    options = {**options, "perturbations_per_eval": per_eval}
+    attr = LeaveOneOut(function).attribute(*arguments, **options)
     assert isinstance(attr, tuple) == isinstance(arguments[0], tuple)
     pairs = (
         [(attr, expected)] if isinstance(attr, Tensor) else list(zip(attr, expected, strict=True))

@@ -49,7 +49,7 @@ def entered() -> Iterator[set[CodeType]]:
 
 
 def integrated_gradients() -> None:
-    method = LayerIntegratedGradients(tiny_model("llama"), EMBEDDINGS)  # type: ignore[arg-type]
+    method = LayerIntegratedGradients(tiny_model("llama"), EMBEDDINGS)
     inp = TextTokenInput("Dave lives in", tiny_tokenizer(), baselines="<pad>")
     LLMGradientAttribution(method, tiny_tokenizer()).attribute(inp, " plays golf", n_steps=4)
 
@@ -67,7 +67,7 @@ def ablation() -> None:
 
 
 def template_with_prefix() -> None:
-    method = LayerIntegratedGradients(tiny_model("llama"), EMBEDDINGS)  # type: ignore[arg-type]
+    method = LayerIntegratedGradients(tiny_model("llama"), EMBEDDINGS)
     inp = TextTemplateInput(PREFIX + "{} lives in {}", ["Dave", "Palm Coast"])
     LLMGradientAttribution(method, tiny_tokenizer()).attribute(inp, " plays golf", n_steps=4)
 

@@ -1,4 +1,4 @@
-"""Results of any content, for tests of how they are stored and shown."""
+"""Results of any content, for tests of their storage and display."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from captum_llm_ext.results import LLMAttributionResult, LLMLayerAttributionResu
 
 NORM = st.sampled_from([None, "l1", "l2", "linf"])
 TEXT = st.text(st.characters(codec=None, exclude_categories=()), max_size=6)  # lone surrogates too
-FLOATS = st.floats(width=32)  # subnormal, infinite and not-a-number ones too
+FLOATS = st.floats(width=32)  # also subnormal, infinite and not-a-number
 
 
 @st.composite
@@ -26,7 +26,7 @@ def tensors(draw: st.DrawFn, *shape: int) -> torch.Tensor:
 def single_results(draw: st.DrawFn) -> LLMAttributionResult:
     n_output, n_input = draw(st.integers(1, 3)), draw(st.integers(1, 4))
     rows = draw(st.sampled_from([1, n_output]))
-    given = _optional(
+    optional = _optional(
         draw,
         token_attr=tensors(n_output, n_input),
         output_probs=tensors(n_output),
@@ -39,7 +39,7 @@ def single_results(draw: st.DrawFn) -> LLMAttributionResult:
         **_tokens(draw, n_input, n_output),
         seq_attr=draw(tensors(n_input)),
         norm=draw(NORM),
-        **given,
+        **optional,
     )
 
 
@@ -52,7 +52,7 @@ def layered_results(draw: st.DrawFn) -> LLMLayerAttributionResult:
         draw(st.sampled_from([1, n_output])),
     )
     hidden = {name: tensors(rows, n_input, width) for width, name in enumerate(names, 1)}
-    given = _optional(
+    optional = _optional(
         draw,
         layer_token_attr=tensors(len(names), n_output, n_input),
         output_probs=tensors(n_output),
@@ -67,7 +67,7 @@ def layered_results(draw: st.DrawFn) -> LLMLayerAttributionResult:
         layer_mode=mode,
         layer_seq_attr=draw(tensors(len(names), n_input)),
         norm=draw(NORM),
-        **given,
+        **optional,
     )
 
 
@@ -115,7 +115,7 @@ HOSTILE = [
 
 
 def random_values(*shape: int, seed: int = 0) -> torch.Tensor:
-    """Cubes of normal ones, so that there are large and small values of both signs."""
+    """Cubes of normal values: large and small values of both signs."""
     return torch.tensor(np.random.default_rng(seed).normal(size=shape) ** 3, dtype=torch.float32)
 
 
@@ -134,9 +134,9 @@ def layered_result_of(n_layers: int, n_input: int, n_output: int) -> LLMLayerAtt
     sizes = 10.0 ** torch.linspace(0, 3, n_layers)
     rows = random_values(n_layers, n_output, n_input) * sizes[:, None, None]
     return LLMLayerAttributionResult(
-        input_tokens=[f"Ġin{place}" for place in range(n_input)],
-        output_tokens=[f"Ġout{place}" for place in range(n_output)],
-        layer_names=[f"model.layers.{place}.mlp" for place in range(n_layers)],
+        input_tokens=[f"Ġin{i}" for i in range(n_input)],
+        output_tokens=[f"Ġout{i}" for i in range(n_output)],
+        layer_names=[f"model.layers.{i}.mlp" for i in range(n_layers)],
         layer_seq_attr=rows.sum(1),
         layer_token_attr=rows,
     )

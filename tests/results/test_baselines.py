@@ -1,4 +1,4 @@
-"""A result's input knows the baseline that it was attributed with, which later uses of it take."""
+"""The input of a result carries the baseline of its attribution to later uses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.models.families import tiny_model, tiny_tokenizer
 from tests.oracles.cases import assert_close, target_ids
 from tests.perturbations.cases import SHORT, game, nearest_by_hand, replaced_tokens
 
-# Few steps are enough to compare; that they do not converge is another file's matter.
+# A few steps, which do not converge, are enough to compare.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 IDS = tiny_tokenizer().encode(SHORT)
@@ -24,6 +24,7 @@ TOKENS: dict[str, Any] = {
     "tensor": (torch.arange(4, 4 + len(IDS)), list(range(4, 4 + len(IDS)))),
     "nearest": ("nearest", None),
 }
+METHODS = ["ig", "ablation"]
 NOT_TOKENS: dict[str, Any] = {
     "zero": "zero",
     "mean": "mean",
@@ -34,36 +35,48 @@ NOT_TOKENS: dict[str, Any] = {
 
 def attributed(method: str, baselines: Any, inp: Any = SHORT) -> Any:
     steps = {"n_steps": 3} if method == "ig" else {}
-    given = {} if baselines is None else {"baselines": baselines}
+    options = {} if baselines is None else {"baselines": baselines}
     model = tiny_model("llama")
-    return explain(model, tiny_tokenizer(), inp, target_ids(2), method, **steps, **given)
+    return explain(model, tiny_tokenizer(), inp, target_ids(2), method, **steps, **options)
 
 
 def difference(absent: list[int] | None) -> float:
-    """Score of the whole prompt less that of the baseline prompt, by plain forwards."""
+    """Score of the whole prompt minus that of the baseline prompt, by plain forwards."""
     model = tiny_model("llama")
     absent = nearest_by_hand(model, IDS, 1) if absent is None else absent
     value = game(model, replaced_tokens(IDS, absent), target_ids(2))
     return float(value(frozenset(range(len(IDS))))[0] - value(frozenset())[0])
 
 
+def test_an_ablation_by_pad_is_repeated_with_pad() -> None:
+    result = attributed("ablation", "pad")
+    again = attributed("ablation", None, result.inp)
+    assert_close(again.seq_attr, result.seq_attr)
+    assert not torch.allclose(again.seq_attr, attributed("ablation", None).seq_attr)
+
+
 @pytest.mark.parametrize("name", TOKENS)
-@pytest.mark.parametrize("method", ["ig", "ablation"])
-def test_a_result_is_judged_against_its_own_baseline(method: str, name: str) -> None:
-    given, absent = TOKENS[name]
-    result, expected = attributed(method, given), difference(absent)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_result_is_judged_against_its_baseline(method: str, name: str) -> None:
+    baselines, absent = TOKENS[name]
+    result, expected = attributed(method, baselines), difference(absent)
     assert abs(expected - difference([0] * len(IDS))) > 0.1
     judged = faithfulness(tiny_model("llama"), tiny_tokenizer(), result, target_ids(2), n_random=1)
     assert judged.score_difference == pytest.approx(expected, abs=1e-3)
 
 
-@pytest.mark.parametrize("name", TOKENS)
-@pytest.mark.parametrize("first", ["ig", "ablation"])
-@pytest.mark.parametrize("second", ["ig", "ablation"])
+@pytest.mark.parametrize(
+    ("second", "first", "name"),
+    [
+        *(("ig", "ablation", name) for name in TOKENS),
+        *(("ablation", "ig", name) for name in TOKENS),
+        *((method, method, "nearest") for method in METHODS),
+    ],
+)
 def test_the_input_of_a_result_keeps_its_baseline(second: str, first: str, name: str) -> None:
-    given, absent = TOKENS[name]
-    again = attributed(second, None, attributed(first, given).inp)
-    assert_close(again.seq_attr, attributed(second, given).seq_attr)
+    baselines, absent = TOKENS[name]
+    again = attributed(second, None, attributed(first, baselines).inp)
+    assert_close(again.seq_attr, attributed(second, baselines).seq_attr)
     ids = nearest_by_hand(tiny_model("llama"), IDS, 1) if absent is None else absent
     assert_close(again.seq_attr, attributed(second, torch.tensor(ids)).seq_attr)
     other = attributed(second, 0, again.inp)
@@ -84,7 +97,7 @@ def test_a_baseline_that_no_prompt_can_hold(name: str, before: str | None) -> No
     assert judged.score_difference == pytest.approx(difference(TOKENS["id"][1]), abs=1e-3)
 
 
-def test_the_callers_input_stays_as_it_is() -> None:
+def test_the_input_of_the_caller_does_not_change() -> None:
     inp = TextTokenInput(SHORT, tiny_tokenizer(), baselines=7)
     before = {name: str(value) for name, value in vars(inp).items()}
     for method in ("ig", "ablation"):

@@ -1,4 +1,4 @@
-"""Results as JSON, data frames and arrays: nothing lost, nothing changed, damage refused."""
+"""Results as JSON, data frames and arrays: values do not change, and damage is refused."""
 
 from __future__ import annotations
 
@@ -37,10 +37,15 @@ LAYERED = LLMLayerAttributionResult(
 
 
 def bits(tensor: torch.Tensor) -> list[int]:
-    """The bits of every value, so that -0.0 is not 0.0; a not-a-number counts as any other."""
+    """The bits of each value, which tell -0.0 from 0.0; all not-a-numbers are equal."""
     return (
         torch.nan_to_num(tensor, nan=12345.0, posinf=None, neginf=None).view(torch.int32).tolist()
     )
+
+
+def test_a_result_goes_through_json_and_a_data_frame():
+    assert LLMAttributionResult.from_json(SINGLE.to_json()) == SINGLE
+    assert SINGLE.to_dataframe()["sequence"].tolist() == SINGLE.seq_attr.tolist()
 
 
 @given(single_results() | layered_results())
@@ -56,7 +61,7 @@ def test_json_gives_the_same_result_to_the_last_bit(result):
 
 @given(single_results() | layered_results())
 def test_every_attribute_is_stored(result):
-    """Against the object's own attributes, so that a new one cannot be forgotten."""
+    """Compared with all attributes of the object, so that a new one cannot be forgotten."""
     read = LLMAttributionResult.from_json(result.to_json())
     missing = {name for name, value in vars(result).items() if value is not None} - {
         name for name, value in vars(read).items() if value is not None
@@ -103,7 +108,7 @@ def test_json_files(tmp_path, result, as_path):
     assert LLMAttributionResult.from_json(file) == result
 
 
-def test_a_class_reads_its_own_kind():
+def test_a_class_reads_only_its_results():
     assert LLMLayerAttributionResult.from_json(LAYERED.to_json()) == LAYERED
     with pytest.raises(ValueError, match="use LLMAttributionResult"):
         LLMLayerAttributionResult.from_json(SINGLE.to_json())
@@ -119,7 +124,7 @@ def test_a_newer_version_asks_for_an_upgrade():
     "text",
     ["", "null", "[]", "{}", "result.json", "[" * 100_000, '{"schema": "other", "version": 1}'],
 )
-def test_text_that_is_no_result_is_refused_saying_what_is_expected(text):
+def test_text_that_is_no_result_is_refused(text):
     with pytest.raises(ValueError, match="expected the JSON text of a result"):
         LLMAttributionResult.from_json(text)
 

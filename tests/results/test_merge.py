@@ -1,9 +1,6 @@
-"""Sub-words merged to words: which tokens, and what becomes of their values."""
+"""Sub-words merged to words: their tokens and their values."""
 
 from __future__ import annotations
-
-import doctest
-import importlib
 
 import pytest
 import torch
@@ -19,16 +16,11 @@ from captum_llm_ext import (
     chat_input,
     segment_input,
 )
-from captum_llm_ext.display import token_texts, word_spans, word_texts
+from captum_llm_ext.inputs.token_text import token_texts
 from captum_llm_ext.results import LLMAttributionResult, LLMLayerAttributionResult
 from tests.models.families import tiny_model, tiny_tokenizer
 
 PROMPT = "Dave lived inside Palmyra and cooked golden Francs"
-
-
-def words(*tokens: str) -> list[str]:
-    texts = word_texts(tokens)
-    return ["".join(texts[start:stop]) for start, stop in word_spans(texts)]
 
 
 def saliency(inp, norm=None, layers=None, **options):
@@ -39,54 +31,13 @@ def saliency(inp, norm=None, layers=None, **options):
 
 
 def result(**changes) -> LLMAttributionResult:
-    given = {
+    fields = {
         "input_tokens": ["Ġun", "believ", "able", "Ġnews"],
         "output_tokens": ["!", "?"],
         "seq_attr": [1.0, -2.0, 2.0, 4.0],
         "token_attr": [[1.0, -2.0, 2.0, 4.0], [0.0, 3.0, 4.0, -1.0]],
     }
-    return LLMAttributionResult(**(given | changes))
-
-
-def test_examples_in_docstrings_run():
-    assert not doctest.testmod(importlib.import_module("captum_llm_ext.display.words")).failed
-
-
-@pytest.mark.parametrize(
-    ("tokens", "expected"),
-    [
-        (["The", "Ġun", "believ", "able", "Ġcat"], ["The", " unbelievable", " cat"]),
-        (["▁un", "believ", "able", "▁cat"], [" unbelievable", " cat"]),
-        (["[CLS]", "un", "##believ", "##able", ","], [" [CLS]", " unbelievable", " ,"]),
-        (["#", "##", "ĠTitle"], ["#", "##", " Title"]),  # a heading, not WordPiece
-        (["Ġdon", "'", "t", "Ġstop", "'", "Ġit"], [" don't", " stop", "'", " it"]),
-        (["Ġwell", "-", "known", ",", "Ġ1", "0", "."], [" well", "-", "known", ",", " 10", "."]),
-        (["a", "Ċ", "b", "ĊĊ", "c", "<0x0A>", "d"], ["a", "\n", "b", "\n\n", "c", "\n", "d"]),
-        (["<|im_start|>", "user", "Ċ", "Hi"], ["<|im_start|>", "user", "\n", "Hi"]),
-        (["Ġx", "_", "1", "Ġ", "Ġ", "y"], [" x_1", " ", " y"]),
-        (["日本", "語", "の", "cat", "s"], ["日本", "語", "の", "cats"]),
-        (["한국", "어", " 책"], ["한국어", " 책"]),
-        (["हि", "न्", "दी"], ["हिन्दी"]),
-        (["مر", "حبا", " بك"], ["مرحبا", " بك"]),
-        (["ĠHi", "ðŁ", "ĺ", "Ģ", "Ġyou"], [" Hi", "😀", " you"]),
-        (["ĠðŁ", "ĺ", "Ģ", "x"], [" 😀", "x"]),
-        (["caf", "Ã", "©", "s"], ["cafés"]),
-        (["<0xF0>", "<0x9F>", "<0x98>", "<0x80>", "!"], ["😀", "!"]),
-        ([""], [""]),
-        (["a"], ["a"]),
-    ],
-)
-def test_words(tokens, expected):
-    assert words(*tokens) == expected
-
-
-@pytest.mark.parametrize("text", ["Hi 😀😀 日本語 — naïve", "Zoë’s “résumé” 🇫🇷\n\nمرحبا بك"])
-@pytest.mark.parametrize("real", [False, pytest.param(True, marks=pytest.mark.real_model)])
-def test_texts_of_tokens_make_the_text_again(text, real, request):
-    tokenizer = request.getfixturevalue("demo_model")[1] if real else tiny_tokenizer()
-    tokens = tokenizer.convert_ids_to_tokens(tokenizer(text, add_special_tokens=False)["input_ids"])
-    assert "".join(token_texts(tokens)) == text
-    assert "".join(words(*tokens)) == text
+    return LLMAttributionResult(**(fields | changes))
 
 
 def test_attributions_of_a_word_are_the_sum_of_its_tokens():
@@ -118,7 +69,7 @@ def test_norms_combine_as_norms_do(norm, value):
 @pytest.mark.parametrize("norm", [None, "l1", "l2", "linf"])
 @pytest.mark.parametrize("layers", [None, ["model.embed_tokens", "model.layers.1.mlp"]])
 def test_merged_tokens_equal_an_attribution_whose_features_are_the_words(norm, layers):
-    """What `segment_input` gives comes of the whole gradient of each word, not of token values."""
+    """`segment_input` attributes by the whole gradient of each word, not by values of tokens."""
     inp = TextTokenInput(PROMPT, tiny_tokenizer(), skip_tokens=["<s>"])
     merged = saliency(inp, norm, layers).merge("word")
     by_word = saliency(segment_input(PROMPT, by="word"), norm, layers)
@@ -143,7 +94,7 @@ def test_everything_else_is_kept():
     assert merged.hidden_attr.tolist() == [[[3.0] * 3, [1.0] * 3]] * 2
 
 
-def test_layers_are_merged_each_for_itself():
+def test_each_layer_is_merged():
     values = torch.tensor([[3.0, 4.0], [0.0, 2.0]])
     layered = LLMLayerAttributionResult(
         input_tokens=["Ġa", "b"],
@@ -212,8 +163,8 @@ def test_messages_of_a_chat_do_not_run_together():
 
 
 def test_plots_and_tables_of_words():
-    shown = result().to_text(color=False, width=80, merge="word")
-    assert "unbelievable" in shown
+    table = result().to_text(color=False, width=80, merge="word")
+    assert "unbelievable" in table
     labels = result().plot_token_attr(merge="word")[1].get_xticklabels()
     assert [label.get_text() for label in labels] == ["unbelievable", "news"]
     labels = result().plot_seq_attr(merge=[(0, 2)])[1].get_xticklabels()

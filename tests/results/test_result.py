@@ -1,4 +1,4 @@
-"""Results: values kept, shapes checked, layers looked up, plots and tables of them."""
+"""Results: their values, the checks of shapes, the mapping of layers, plots and tables."""
 
 from __future__ import annotations
 
@@ -32,20 +32,31 @@ def axes_of(plotted):
 
 
 def single(**changes) -> LLMAttributionResult:
-    given = {"input_tokens": INPUTS, "output_tokens": OUTPUTS, "seq_attr": TOKEN_ATTR.sum(0)}
-    return LLMAttributionResult(**(given | {"token_attr": TOKEN_ATTR} | changes))
+    fields = {"input_tokens": INPUTS, "output_tokens": OUTPUTS, "seq_attr": TOKEN_ATTR.sum(0)}
+    return LLMAttributionResult(**(fields | {"token_attr": TOKEN_ATTR} | changes))
 
 
 def layered(**changes) -> LLMLayerAttributionResult:
     token_attr = torch.stack([TOKEN_ATTR, TOKEN_ATTR * 10, TOKEN_ATTR * 1000])
-    given = {
+    fields = {
         "input_tokens": INPUTS,
         "output_tokens": OUTPUTS,
         "layer_names": LAYERS,
         "layer_seq_attr": token_attr.sum(1),
         "layer_token_attr": token_attr,
     }
-    return LLMLayerAttributionResult(**(given | changes))
+    return LLMLayerAttributionResult(**(fields | changes))
+
+
+def test_a_result_is_captums_and_holds_the_same():
+    values = {"seq_attr": [1.0, 2.0, 3.0, 4.0, 5.0], "output_probs": [-0.5, -1.0]}
+    tokens = {"input_tokens": INPUTS, "output_tokens": OUTPUTS}
+    captums = captum.attr.LLMAttributionResult(**tokens, **values, token_attr=TOKEN_ATTR)
+    ours = LLMAttributionResult(**tokens, **values, token_attr=TOKEN_ATTR)
+    assert isinstance(ours, captum.attr.LLMAttributionResult)
+    for field in ("seq_attr", "token_attr", "output_probs"):
+        torch.testing.assert_close(getattr(ours, field), getattr(captums, field))
+    assert (ours.input_tokens, ours.output_tokens) == (INPUTS, OUTPUTS)
 
 
 @pytest.mark.parametrize("module", ["single", "layered"])
@@ -53,17 +64,6 @@ def test_examples_in_docstrings_run(module):
     outcome = doctest.testmod(importlib.import_module(f"captum_llm_ext.results.{module}"))
     assert outcome.attempted
     assert not outcome.failed
-
-
-def test_a_result_is_captums_and_holds_the_same():
-    given = {"seq_attr": [1.0, 2.0, 3.0, 4.0, 5.0], "output_probs": [-0.5, -1.0]}
-    names = {"input_tokens": INPUTS, "output_tokens": OUTPUTS}
-    captums = captum.attr.LLMAttributionResult(**names, **given, token_attr=TOKEN_ATTR)
-    ours = LLMAttributionResult(**names, **given, token_attr=TOKEN_ATTR)
-    assert isinstance(ours, captum.attr.LLMAttributionResult)
-    for field in ("seq_attr", "token_attr", "output_probs"):
-        torch.testing.assert_close(getattr(ours, field), getattr(captums, field))
-    assert (ours.input_tokens, ours.output_tokens) == (INPUTS, OUTPUTS)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64, torch.int64])
@@ -99,7 +99,7 @@ def test_repeated_tokens_keep_their_entries():
         ("hidden_attr", torch.zeros(2, 4, 8)),
     ],
 )
-def test_wrong_shapes_are_refused_saying_what_came(field, value):
+def test_wrong_shapes_are_refused_by_name_and_shape(field, value):
     with pytest.raises(ValueError, match=field) as caught:
         single(**{field: value})
     assert str(tuple(value.shape)) in str(caught.value)
@@ -128,7 +128,7 @@ def test_the_sequence_alone_has_one_delta_and_no_token_plot():
 
 
 def test_equality_of_lists_of_tensors():
-    paths = [torch.tensor([[0.0, 1.0], [-3.0, place]]) for place in (-1.0, -2.0, -1.5)]
+    paths = [torch.tensor([[0.0, 1.0], [-3.0, score]]) for score in (-1.0, -2.0, -1.5)]
     assert layered(layer_score_paths=paths) == layered(layer_score_paths=[*map(torch.clone, paths)])
     assert layered(layer_score_paths=paths) != layered(layer_score_paths=paths[::-1])
 
@@ -143,7 +143,7 @@ def test_equality_is_by_value(make):
     assert pickle.loads(pickle.dumps(make())) == make()
 
 
-def test_equality_sees_a_changed_value_and_takes_nan_for_itself():
+def test_equality_sees_a_changed_value_and_nan_equals_itself():
     nan = torch.full((5,), float("nan"))
     assert single(seq_attr=nan) == single(seq_attr=nan)
     assert single(seq_attr=torch.zeros(5)) != single()
@@ -193,13 +193,13 @@ def test_a_layered_result_maps_names_to_results_in_order():
     assert result[0].hidden_attr is None
 
 
-def test_joint_layers_have_one_delta_in_common_and_none_of_their_own():
+def test_joint_layers_share_one_delta():
     result = layered(layer_mode="joint", convergence_delta=torch.tensor([1.0, 2.0]))
     assert result.convergence_delta.tolist() == [1.0, 2.0]
     assert result[0].convergence_delta is None
 
 
-def test_an_unknown_layer_is_a_key_error_naming_close_ones():
+def test_an_unknown_layer_is_a_key_error_with_close_names():
     with pytest.raises(KeyError, match=r"model\.layers\.1\.mlp"):
         layered()["model.layer.1.mlp"]
     with pytest.raises(IndexError):
@@ -227,17 +227,17 @@ def test_bad_layered_results_are_refused(field, value):
 
 @pytest.mark.parametrize("plot", ["plot_seq_attr", "plot_token_attr", "plot_layer_attr"])
 def test_plots_return_figure_and_axes_or_show(plot, monkeypatch):
-    shown = []
-    monkeypatch.setattr(plt, "show", lambda: shown.append(True))
+    shows = []
+    monkeypatch.setattr(plt, "show", lambda: shows.append(True))
     figure, ax = getattr(layered(), plot)()
     assert ax in figure.axes
-    assert not shown
+    assert not shows
     assert getattr(layered(), plot)(show=True) is None
-    assert shown == [True]
+    assert shows == [True]
     assert getattr(layered(), plot)(ax=ax)[1] is ax
 
 
-def test_layers_are_plotted_each_relative_to_its_largest_the_first_at_the_bottom():
+def test_each_layer_is_plotted_relative_to_its_largest_and_the_first_is_at_the_bottom():
     ax = axes_of(layered().plot_layer_attr())
     cells = torch.as_tensor(ax.images[0].get_array())
     torch.testing.assert_close(cells, (TOKEN_ATTR.sum(0) / 5.0).expand(3, 5))
@@ -259,7 +259,7 @@ def test_a_layer_without_attribution_plots_as_zeros():
 
 
 def test_long_prompts_plot_and_print_as_text():
-    tokens = [f"Ġw{place}" for place in range(600)]
+    tokens = [f"Ġw{i}" for i in range(600)]
     result = single(input_tokens=tokens, seq_attr=torch.arange(600.0), token_attr=None)
     assert len(axes_of(result.plot_seq_attr()).texts) == 600
     running, top = result.to_text(color=False, width=100).split("largest sequence attribution")
@@ -279,7 +279,7 @@ def test_the_table_has_every_value_with_probability_and_delta():
     assert rows["convergence delta"] == ["0.125", "-0.5"]
 
 
-def test_colours_are_for_those_who_want_them():
+def test_colours_can_be_switched_off():
     assert "\x1b[" in single().to_text(color=True, width=80)
     assert "\x1b[" not in single().to_text(color=False, width=80)
     file = io.StringIO()

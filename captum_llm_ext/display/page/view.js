@@ -14,7 +14,7 @@
     return Array.from({ length: bytes.length / 2 }, (_, i) => half(words.getUint16(2 * i, true)));
   };
 
-  const written = (value, scale) => {
+  const format = (value, scale) => {
     if (!Number.isFinite(value)) return String(value);
     if (scale.decimals === null) return value.toExponential(1);
     const text = value.toFixed(scale.decimals);
@@ -24,13 +24,13 @@
   const shade = (token, value, scale) => {
     const share = Math.max(-1, Math.min(1, value / scale.limit));
     const palette = palettes[scale.signed ? "signed" : "positive"];
-    const place = scale.signed ? (share + 1) / 2 : Math.max(0, share);
-    const known = Number.isFinite(value);
-    const level = Math.round(place * (palette.length - 1));
-    [token.style.background, token.style.color] = known ? palette[level] : ["#d3d3d3", "black"];
+    const position = scale.signed ? (share + 1) / 2 : Math.max(0, share);
+    const finite = Number.isFinite(value);
+    const level = Math.round(position * (palette.length - 1));
+    [token.style.background, token.style.color] = finite ? palette[level] : ["#d3d3d3", "black"];
     token.classList.toggle("negative", share <= -{{faintest}});
-    token.classList.toggle("beyond", known && Math.abs(value) > 1.001 * scale.limit);
-    token.title = written(value, scale);
+    token.classList.toggle("beyond", finite && Math.abs(value) > 1.001 * scale.limit);
+    token.title = format(value, scale);
   };
 
   const start = (root) => {
@@ -40,26 +40,26 @@
     const slider = find(".layers input");
     let view = views[0], row = 0, pinned = 0;
 
-    const named = (token) => `\u2068${token.textContent.trim()}\u2069`;
+    const isolated = (token) => `\u2068${token.textContent.trim()}\u2069`;
 
     const describe = (token) => {
-      const to = row ? named(outputs[row]) : "the whole output";
-      const value = token ? `, of ${named(token)}: ${token.title}` : "";
+      const to = row ? isolated(outputs[row]) : "the whole output";
+      const value = token ? `, of ${isolated(token)}: ${token.title}` : "";
       find(".readout").textContent = `Attribution to ${to}${value}`;
     };
 
     const explain = (scale) => {
-      find(".low").textContent = scale.signed ? written(-scale.limit, scale) : "0";
-      find(".high").textContent = written(scale.limit, scale);
+      find(".low").textContent = scale.signed ? format(-scale.limit, scale) : "0";
+      find(".high").textContent = format(scale.limit, scale);
       find(".bar").className = `bar ${scale.signed ? "signed" : "positive"}`;
       find(".sign").hidden = !scale.signed;
       find(".cut").hidden = !scale.beyond;
     };
 
-    const paint = (wanted) => {
+    const paint = (index) => {
       view.decoded ||= decode(view.values);
-      const known = (wanted + 1) * inputs.length <= view.decoded.length;
-      row = known ? wanted : 0;
+      const stored = (index + 1) * inputs.length <= view.decoded.length;
+      row = stored ? index : 0;
       const scale = row ? view.tokens : view.sequence;
       const values = view.decoded.slice(row * inputs.length);
       inputs.forEach((token, i) => shade(token, view.unit * values[i], scale));
@@ -71,23 +71,23 @@
       describe();
     };
 
-    const pin = (place) => {
-      pinned = pinned === place ? 0 : place;
+    const pin = (index) => {
+      pinned = pinned === index ? 0 : index;
       paint(pinned);
     };
 
-    outputs.forEach((token, place) => {
+    outputs.forEach((token, index) => {
       token.tabIndex = 0;
       token.setAttribute("role", "button");
-      token.addEventListener("pointerenter", () => paint(place));
+      token.addEventListener("pointerenter", () => paint(index));
       token.addEventListener("pointerleave", () => paint(pinned));
-      token.addEventListener("focus", () => token.matches(":focus-visible") && paint(place));
+      token.addEventListener("focus", () => token.matches(":focus-visible") && paint(index));
       token.addEventListener("blur", () => paint(pinned));
-      token.addEventListener("click", () => pin(place));
+      token.addEventListener("click", () => pin(index));
       token.addEventListener("keydown", (event) => {
         if (event.key !== "Enter" && event.key !== " ") return;
         event.preventDefault();
-        pin(place);
+        pin(index);
       });
     });
     inputs.forEach((token) => token.addEventListener("pointerenter", () => describe(token)));

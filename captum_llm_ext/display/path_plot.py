@@ -1,4 +1,4 @@
-"""The picture of a path: scores between baseline and input."""
+"""Plot of the score along a path from baseline to input."""
 
 from __future__ import annotations
 
@@ -17,7 +17,13 @@ if TYPE_CHECKING:
 def draw_path(
     points: NDArray[np.floating], scores: NDArray[np.floating], ax: Axes | None
 ) -> tuple[Figure, Axes]:
-    """Scores (n_points,) at points (n_points,) in [0, 1], and below them where the points lie."""
+    """Line of the scores, with a tick below it at each point.
+
+    Args:
+        points: (n_points,) positions on the path, from 0 (baseline) to 1 (input).
+        scores: (n_points,) sequence scores there.
+        ax: axes to draw into; None for a new figure.
+    """
     figure, ax = open_figure(ax, 8.0, 3.6)
     ax.plot(points, scores, color="#3b6ea8", linewidth=1.0, zorder=2)
     ax.scatter(points, scores, s=9, color="#1d3f66", linewidths=0, zorder=3)

@@ -1,4 +1,4 @@
-"""What every result can be seen as: plots, tables and a page."""
+"""Display of results: plots, tables and a page."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 _MOST_BARS = 60  # input tokens; a longer prompt is plotted as shaded text
 
 
-class ShownResult:
-    """Plots, tables and a page of the attributions that a class below has."""
+class DisplayMixin:
+    """Plots, tables and a page of a result."""
 
     input_tokens: list[str]
     output_tokens: list[str]
@@ -63,12 +63,12 @@ class ShownResult:
         result = self._merged(merge)
         draw = draw_bars if len(result.input_tokens) <= _MOST_BARS else draw_shaded_text
         drawn = draw(array(result.seq_attr), result.input_tokens, "Sequence Attribution", ax)
-        return shown(drawn, show)
+        return return_or_show(drawn, show)
 
     def plot_token_attr(
         self, show: bool = False, ax: Axes | None = None, merge: str | Spans | None = None
     ) -> tuple[Figure, Axes] | None:
-        """Plot output tokens by input tokens; more than 60 input tokens continue in blocks below.
+        """Plot output tokens by input tokens; after 60 input tokens the plot continues below.
 
         Args:
             show: True shows the plot and returns None; False (default) returns (figure, axes).
@@ -76,7 +76,7 @@ class ShownResult:
             merge: "word" or spans to `merge` first; None (default) for tokens.
 
         Raises:
-            ValueError: there is no `token_attr`; plot `plot_seq_attr` instead.
+            ValueError: the result has no `token_attr`; use `plot_seq_attr`.
         """
         result = self._merged(merge)
         if result.token_attr is None:
@@ -86,41 +86,41 @@ class ShownResult:
             )
         values, rows = array(result.token_attr), result.output_tokens
         drawn = draw_heat_map(values, rows, result.input_tokens, "Token Attribution", ax)
-        return shown(drawn, show)
+        return return_or_show(drawn, show)
 
     def plot_path(self, show: bool = False, ax: Axes | None = None) -> tuple[Figure, Axes] | None:
         """Plot the sequence score along the path from baseline (0) to input (1).
 
-        Each dot is a point at which the model was run; "adaptive" takes more where the score moves.
-        Attributions are sums of gradients over this path: where it leaps between two dots, they
-        have missed it.
+        Each dot is a point at which the model ran; adaptive quadrature takes more points where
+        the score changes. Attributions are sums of gradients at these points, so that they miss a
+        leap of the score between two dots.
 
         Args:
             show: True shows the plot and returns None; False (default) returns (figure, axes).
             ax: axes to draw into; None (default) for a new figure.
 
         Raises:
-            ValueError: the method has no path, or each of several layers has its own.
+            ValueError: the method has no path, or several layers have different paths.
         """
         if self.score_path is None:
             raise ValueError(
                 "there is no path to plot: expected a result of integrated gradients or "
-                "conductance from one baseline; of several layers, plot one: "
+                "conductance from one baseline; for several layers, plot one: "
                 "result[name].plot_path()"
             )
         points, scores = array(self.score_path)
-        return shown(draw_path(points, scores, ax), show)
+        return return_or_show(draw_path(points, scores, ax), show)
 
     def to_text(
         self, color: bool = True, width: int | None = None, merge: str | Spans | None = None
     ) -> str:
-        """Table for a terminal: a row per input token, columns sequence and output tokens.
+        """Table for a terminal: rows of input tokens, columns of the sequence and output tokens.
 
-        More than 60 input tokens are shown as shaded text and a table of the 20 largest.
+        More than 60 input tokens become shaded text and a table of the 20 largest.
 
         Args:
             color: shade the cells with ANSI colours (default True).
-            width: columns of the terminal; None (default) for the present one.
+            width: columns of the terminal; None (default) for the current terminal.
             merge: "word" or spans to `merge` first; None (default) for tokens.
         """
         return render_text(self._merged(merge)._text(), color, width)
@@ -129,7 +129,7 @@ class ShownResult:
         """Print the table of `to_text`, in colours where the terminal or notebook has them.
 
         Args:
-            file: where to; None (default) for standard output.
+            file: a text file; None (default) for standard output.
             merge: "word" or spans to `merge` first; None (default) for tokens.
         """
         print_text(self._merged(merge)._text(), file)
@@ -140,17 +140,18 @@ class ShownResult:
         merge: str | Spans | None = None,
         fragment: bool = False,
     ) -> str:
-        """Page with the prompt as shaded text; an output token pointed at or focused shows its row.
+        """Page with the prompt as text, shaded by the attribution to the output or one token of it.
 
-        A click on an output token keeps its row. Several layers have a slider, the first place of
-        which is all of them together. Colours are those of the plots; negative values are
-        underlined. The page needs no network and stays under 300 kB for prompts of 2,000 tokens, by
-        leaving out rows of very large results, which it says. Notebooks show the same.
+        Point at an output token or focus it to see its attribution; click on it to keep that. A
+        slider chooses among several layers; it starts at their mean or sum. The colours are those
+        of the plots, and negative values are underlined. The page needs no network and stays
+        under 300 kB for prompts of 2,000 tokens: it leaves out rows of very large results, and
+        says so. Notebooks display the same.
 
         Args:
             path: a file to write the page to as well; None (default) for none.
             merge: "word" or spans to `merge` first; None (default) for tokens.
-            fragment: True gives a `div` to put into a page instead of a whole page (default False).
+            fragment: True for a `div` to put into a page, False (default) for a whole page.
         """
         result = self._merged(merge)
         view = result._view()
@@ -196,7 +197,7 @@ class ShownResult:
         return self if merge is None else self.merge(merge)
 
 
-def shown(drawn: tuple[Figure, Axes], show: bool) -> tuple[Figure, Axes] | None:
+def return_or_show(drawn: tuple[Figure, Axes], show: bool) -> tuple[Figure, Axes] | None:
     if not show:
         return drawn
     import matplotlib.pyplot as plt

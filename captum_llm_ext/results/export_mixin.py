@@ -1,4 +1,4 @@
-"""What every result can be stored and handed on as."""
+"""Export of results: data frames, arrays and JSON."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from captum_llm_ext.results.export import read_json, write_json
-from captum_llm_ext.results.frames import arrays, long_frame, wide_frame
+from captum_llm_ext.results.frames import long_frame, named_arrays, wide_frame
+from captum_llm_ext.results.json_format import read_json, write_json
 from captum_llm_ext.results.values import FloatArray
 
 if TYPE_CHECKING:
@@ -15,22 +15,22 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class StoredResult:
-    """Data frames, arrays and JSON of the attributes that `export.FIELDS` lists for a class."""
+class ExportMixin:
+    """Data frames, arrays and JSON of the attributes in `json_format.FIELDS`."""
 
-    _computed: ClassVar[tuple[str, ...]] = ()  # stored attributes that are no arguments
+    _computed: ClassVar[tuple[str, ...]] = ()  # attributes in FIELDS that are not arguments
 
     def to_dataframe(self, long: bool = False) -> DataFrame:
         """Pandas data frame of the attributions, float32; repeated tokens as in `seq_attr_dict`.
 
-        Args:
-            long: False (default): a row per input token, a column "sequence" and one per output
-                token. True: a row per pair, with columns output_position, output_token,
-                input_position, input_token and attribution; those of the sequence, the first
-                n_input rows, have no output position and token.
+        The frame of several layers holds the frames of all layers, with the name of the layer as
+        first level of the index, or as first column where `long`.
 
-        Of several layers: the frames of all layers under one another, with the layer's name as
-        first level of the index, or as first column where long.
+        Args:
+            long: False (default): a row for each input token, a column "sequence" and one for
+                each output token. True: a row for each pair, with the columns output_position,
+                output_token, input_position, input_token and attribution. The first n_input rows
+                are the sequence's, without an output position and token.
 
         Raises:
             ImportError: pandas is missing (``captum-llm-ext[export]``).
@@ -42,11 +42,12 @@ class StoredResult:
         return long_frame(self) if long else wide_frame(self)
 
     def to_numpy(self) -> dict[str, FloatArray]:
-        """Every array by the name of its attribute, as `numpy.savez` takes them.
+        """Each array by the name of its attribute, ready for `numpy.savez`.
 
-        What is None is left out; hidden attributions of layers are "hidden_attr.<layer>".
+        Attributes that are None are left out; the hidden attribution of a layer is named
+        "hidden_attr.<layer>".
         """
-        return arrays(self)
+        return named_arrays(self)
 
     def to_json(self, path: str | Path | None = None) -> str:
         """JSON text of everything but `inp`, which holds the tokenizer; exact in float32.
@@ -55,7 +56,7 @@ class StoredResult:
             path: a file to write the text to as well; None (default) for none.
 
         Raises:
-            TypeError: a token that is no str, or a class of result made elsewhere.
+            TypeError: a token is not a str, or the class of the result is not this package's.
         """
         text = write_json(self)
         if path is not None:
@@ -64,13 +65,13 @@ class StoredResult:
 
     @classmethod
     def from_json(cls, source: str | Path) -> Self:
-        """The result that `to_json` stored, of the class it had, on the CPU and without `inp`.
+        """The result that `to_json` stored, of its class, on the CPU and without `inp`.
 
         Args:
             source: the JSON text, or a pathlib.Path of a file with it.
 
         Raises:
-            ValueError: damaged text, one of a newer version, or a result of another class.
+            ValueError: damaged text, a newer version of the format, or a result of another class.
             OSError: the file cannot be read.
 
         Example:
@@ -78,16 +79,16 @@ class StoredResult:
             True
         """
         kind, values = read_json(source)
-        found = next((c for c in _with_subclasses(cls) if c.__name__ == kind), None)
-        if found is None:
+        classes = {c.__name__: c for c in reversed(_with_subclasses(cls))}
+        if kind not in classes:
             raise ValueError(
                 f"expected a stored {cls.__name__}, got a {kind}; use {kind}.from_json"
             )
-        return found._restored(values)
+        return classes[kind]._restored(values)
 
     @classmethod
     def _restored(cls, values: Mapping[str, Any]) -> Self:
-        """Of stored values, also those computed: the last bit of a mean depends on the device."""
+        """A result with the stored values, computed ones too: a mean's last bit can differ."""
         result = cls(**{name: v for name, v in values.items() if name not in cls._computed})
         for name in cls._computed:
             setattr(result, name, values[name])

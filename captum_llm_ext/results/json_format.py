@@ -1,6 +1,6 @@
 """Results as JSON text and back.
 
-`FIELDS` says for each class of result what is stored and how; a further class is one more row.
+`FIELDS` lists the stored attributes of each class of result; a new class is one more row.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from torch import Tensor
 
 SCHEMA, VERSION = "captum_llm_ext.results", 1
 _NOT_FINITE = ("NaN", "Infinity", "-Infinity")  # stored as strings: JSON has no such numbers
-_LONGEST_SHOWN = 60
+_LONGEST_QUOTE = 60  # characters of a damaged value in an error message
 
 
 @dataclass(frozen=True)
 class Field:
-    """How an attribute is stored: `read(name, write(name, value))` is the value again.
+    """How an attribute is stored: `read(name, write(name, value))` equals the value.
 
-    `read` raises ValueError, and `write` TypeError, naming the attribute.
+    `read` raises ValueError and `write` raises TypeError, with the name of the attribute.
     """
 
     write: Callable[[str, Any], Any]
     read: Callable[[str, Any], Any]
 
 
-def _damaged(name: str, expected: str, came: object) -> ValueError:
-    shown = repr(came)
-    shown = shown if len(shown) <= _LONGEST_SHOWN else shown[:_LONGEST_SHOWN] + "…"
-    return ValueError(f"{name}: expected {expected}, got {shown}; the JSON text is damaged")
+def _damaged(name: str, expected: str, stored: object) -> ValueError:
+    quote = repr(stored)
+    quote = quote if len(quote) <= _LONGEST_QUOTE else quote[:_LONGEST_QUOTE] + "…"
+    return ValueError(f"{name}: expected {expected}, got {quote}; the JSON text is damaged")
 
 
 def _plain(kind: type, expected: str) -> Field:
-    """A value that JSON has too."""
+    """A value that JSON has as it is."""
 
     def read(name: str, stored: Any) -> Any:
         if type(stored) is not kind:
@@ -84,7 +84,7 @@ def _write_tensor(_: str, tensor: Tensor) -> Any:
 
 
 def _read_tensor(name: str, stored: Any) -> Tensor:
-    """Values in float32, which a value too large for it would silently turn infinite in."""
+    """A float32 tensor; a number too large for float32 is damage, not infinity."""
     try:
         numbers = np.array(_each(_read_number, stored), dtype=np.float64)
     except (TypeError, ValueError, OverflowError, RecursionError):
@@ -136,7 +136,7 @@ _OF_ONE_LAYER = _OF_EVERY_RESULT | {
 }
 
 FIELDS: dict[str, dict[str, Field]] = {
-    # class of result: {attribute: how it is stored}
+    # class of result → attribute → how it is stored
     "LLMAttributionResult": _OF_ONE_LAYER,
     "LLMLayerAttributionResult": _OF_EVERY_RESULT
     | {
@@ -169,7 +169,7 @@ def fields_of(result: Any) -> dict[str, Field]:
     """The stored attributes of a result.
 
     Raises:
-        TypeError: its class has no row in `FIELDS`.
+        TypeError: the class of the result has no row in `FIELDS`.
     """
     kind = type(result).__name__
     if kind not in FIELDS:
@@ -178,14 +178,15 @@ def fields_of(result: Any) -> dict[str, Field]:
 
 
 def write_json(result: Any) -> str:
-    """A result of a class in `FIELDS` as JSON text, in ASCII and one line."""
+    """A result as one line of JSON text in ASCII."""
     head = {"schema": SCHEMA, "version": VERSION, "kind": type(result).__name__}
-    values = {name: f.write(name, getattr(result, name)) for name, f in fields_of(result).items()}
+    fields = fields_of(result).items()
+    values = {name: field.write(name, getattr(result, name)) for name, field in fields}
     return json.dumps(head | values, allow_nan=False)
 
 
 def read_json(source: str | Path) -> tuple[str, dict[str, Any]]:
-    """The name of the class in `FIELDS`, and its attributes."""
+    """The name of the class of the stored result, and its attributes."""
     document = _document(source)
     kind = document.pop("kind", None)
     if not isinstance(kind, str) or kind not in FIELDS:
@@ -198,22 +199,18 @@ def read_json(source: str | Path) -> tuple[str, dict[str, Any]]:
 
 
 def _document(source: str | Path) -> dict[str, Any]:
-    """The JSON object, which is a result in a version that can be read."""
-    wanted = "expected the JSON text of a result, or a pathlib.Path of a file that holds it"
+    """The JSON object of a result, in a version that can be read."""
+    expected = "expected the JSON text of a result, or a pathlib.Path of a file that holds it"
     if not isinstance(source, str | Path):
-        raise TypeError(f"{wanted}; got {type(source).__name__}")
+        raise TypeError(f"{expected}; got {type(source).__name__}")
     try:
         text = source.read_text(encoding="utf-8") if isinstance(source, Path) else source
         document = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{wanted}; this is no JSON, or a damaged one: {error}") from error
+        raise ValueError(f"{expected}; this is no JSON, or damaged JSON: {error}") from error
     if not isinstance(document, dict) or document.pop("schema", None) != SCHEMA:
-        raise ValueError(f'{wanted}; this JSON has no "schema": "{SCHEMA}"')
-    _check_version(document.pop("version", None))
-    return document
-
-
-def _check_version(version: object) -> None:
+        raise ValueError(f'{expected}; this JSON has no "schema": "{SCHEMA}"')
+    version = document.pop("version", None)
     if type(version) is not int or version < 1:
         raise _damaged("version", f"an integer from 1 to {VERSION}", version)
     if version > VERSION:
@@ -221,3 +218,4 @@ def _check_version(version: object) -> None:
             f"this result was stored by a newer captum_llm_ext (version {version} of the schema; "
             f"this one reads up to {VERSION}): upgrade captum_llm_ext"
         )
+    return document

@@ -1,0 +1,51 @@
+"""Names made distinct, and layer names made short."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def distinct_names(names: Sequence[str]) -> list[str]:
+    """Names made distinct: the first of equal names stays, later ones get " (2)", " (3)" and so on.
+
+    >>> distinct_names(["the", "cat", "the"])
+    ['the', 'cat', 'the (2)']
+    """
+    originals, seen, distinct = set(names), set(), []
+    for name in names:
+        unique, number = name, 2
+        while unique in seen or (unique != name and unique in originals):
+            unique, number = f"{name} ({number})", number + 1
+        seen.add(unique)
+        distinct.append(unique)
+    return distinct
+
+
+def short_layer_names(names: Sequence[str]) -> list[str]:
+    """Layer names short enough for a plot, still distinct.
+
+    A short name has the number of the block and the last part of the name. Where two layers would
+    share it, it has more of the parts before the last.
+
+    >>> short_layer_names(["model.embed_tokens", "model.layers.15.self_attn.q_proj"])
+    ['embed_tokens', '15 q_proj']
+    """
+    shorts = [_short_layer_name(name, 1) for name in names]
+    for n_parts in range(2, 1 + max((name.count(".") + 1 for name in names), default=1)):
+        shorts = [
+            _short_layer_name(name, n_parts) if shorts.count(short) > 1 else short
+            for name, short in zip(names, shorts, strict=True)
+        ]
+    return shorts if len(set(shorts)) == len(set(names)) else list(names)
+
+
+def _short_layer_name(name: str, n_parts: int) -> str:
+    """The number of the block and the last `n_parts` parts of the name."""
+    parts = name.split(".")
+    block = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
+    if block is None:
+        return ".".join(parts[-n_parts:])
+    inside = parts[block + 1 :]
+    if inside:
+        return f"{parts[block]} {'.'.join(inside[-n_parts:])}"
+    return f"block {parts[block]}" if n_parts == 1 else name
