@@ -9,6 +9,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS := $(THREADS)
 
+QUESTION := Anna sells bread. The train is late. Where does Anna work?
 DAVE := Dave lives in Palm Coast, FL and is a lawyer. His personal interests include
 GOLF := playing golf, hiking, and spending time with his family and friends.
 
@@ -37,13 +38,13 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	@mkdir -p demo
-	@echo "== which words of the prompt made the model say ' Paris': L1 saliency"
-	$(BIN)/captum-llm-ext "The capital of France is" --target " Paris" --out demo/capital.png
+	@echo "== which words of the question each token of the answer needs: two-stage ablation"
+	$(BIN)/captum-llm-ext "$(QUESTION)" --chat --by word --method two_stage --out demo/answer.png
 	@echo "== gradient x activation of 121 layers at once: embeddings; q, k, v and mlp of every block"
 	$(BIN)/captum-llm-ext "$(DAVE)" --target " $(GOLF)" --method gradxact \
 		--layers embed_tokens "model.layers.*.self_attn.[qkv]_proj" "model.layers.*.mlp" \
 		--out demo/layers.png
-	@echo "== the pictures are demo/capital.png and demo/layers.png"
+	@echo "== the pictures are demo/answer.png and demo/layers.png"
 
 test: $(STAMP)
 	@echo "== running the tests in $(WORKERS) processes"

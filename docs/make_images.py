@@ -14,11 +14,18 @@ from typing import Any
 import matplotlib
 import torch
 
-from captum_llm_ext import explain, load_demo_model, segment_input
+from captum_llm_ext import chat_input, explain, load_demo_model, segment_input
 
 IMAGES = Path(__file__).parent / "images"
 PROMPT, TARGET = "The capital of France is", " Paris"
+QUESTION = "Anna sells bread. The train is late. Where does Anna work?"
+FAITHFUL = "two_stage"  # the method that README, docs/index.md and `make demo` lead with
 BLOCKS = ["model.layers.[0-9]", "model.layers.[0-9][0-9]"]
+
+
+def bakery(model: Any, tokenizer: Any) -> None:
+    inp = chat_input([{"role": "user", "content": QUESTION}], tokenizer, by="word")
+    _save(explain(model, tokenizer, inp, method=FAITHFUL).plot_token_attr(), "bakery")
 
 
 def capital(model: Any, tokenizer: Any) -> None:
@@ -66,7 +73,7 @@ def _save(drawn: Any, name: str) -> None:
 
 
 FIGURES: dict[str, Callable[[Any, Any], None]] = {
-    figure.__name__: figure for figure in (capital, layers, path, words, html)
+    figure.__name__: figure for figure in (bakery, capital, layers, path, words, html)
 }
 
 

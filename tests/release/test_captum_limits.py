@@ -1,4 +1,4 @@
-"""What README says that Captum 0.9.0 cannot do, run with Captum itself."""
+"""What docs/moving/captum.md says that Captum 0.9.0 cannot do, run with Captum itself."""
 
 from __future__ import annotations
 
