@@ -1,6 +1,6 @@
-"""The private names of Captum that this package stands on: the only place that imports them.
+"""The private names of Captum and transformers that this package uses; no other file imports them.
 
-`tests/test_compat.py` fails with a clear message when a new version of Captum moves one.
+`tests/test_compat.py` names the one that a new version of either library has moved.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Read attention weights while a model runs; its attention implementation is put back on leaving.
+"""Read attention weights while a model runs, and restore its attention implementation after.
 
-Transformers gives the softmaxed weights with the "eager" implementation alone: every family's
-attention module then returns them beside its output, each with its own masks, soft caps and sinks.
+Only the "eager" implementation of transformers returns the softmaxed weights: the attention module
+of every family then returns them beside its output, with its own masks, soft caps and sinks.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ EAGER = "eager"
 class AttentionCall:
     """One run of an attention module.
 
-    block: its place among the decoder blocks; weights: (n_heads, length, length), query by key;
-    inputs: the module's parts, each with what it was called with, (1, length, width).
+    block: index of the decoder block that holds it; weights: (n_heads, length, length), query by
+    key; inputs: each submodule that ran, with its input (1, length, width).
     """
 
     block: int
@@ -32,23 +32,23 @@ class AttentionCall:
 
 
 def configs(model: nn.Module) -> list[PreTrainedConfig]:
-    """The configurations of a model and of its parts, each once, those that hold others first."""
-    found: dict[int, PreTrainedConfig] = {}
+    """The configurations of a model and of its parts, each once, the outer before the inner."""
+    by_id: dict[int, PreTrainedConfig] = {}
+
+    def add(config: Any) -> None:
+        if isinstance(config, PreTrainedConfig) and id(config) not in by_id:
+            by_id[id(config)] = config
+            for name in config.sub_configs:
+                add(getattr(config, name, None))
+
     for module in model.modules():
-        _add_config(getattr(module, "config", None), found)
-    return list(found.values())
-
-
-def _add_config(config: Any, found: dict[int, PreTrainedConfig]) -> None:
-    if isinstance(config, PreTrainedConfig) and id(config) not in found:
-        found[id(config)] = config
-        for name in config.sub_configs:
-            _add_config(getattr(config, name, None), found)
+        add(getattr(module, "config", None))
+    return list(by_id.values())
 
 
 @contextmanager
 def eager_attention(model: nn.Module) -> Iterator[None]:
-    """Let the model compute attention in the way that gives the weights."""
+    """Let the model compute attention with the implementation that returns the weights."""
     before = [(config, config._attn_implementation) for config in configs(model)]
     try:
         for config, _ in before:
@@ -66,25 +66,26 @@ def reading_attention(
     receive: Callable[[AttentionCall], None],
     with_inputs: bool = False,
 ) -> Iterator[None]:
-    """Hand every block's attention over `length` tokens to `receive`, as the model runs one row.
+    """Hand the attention of every block over `length` tokens to `receive` while one row runs.
 
-    The module that holds it is the innermost one which returns weights of that shape. Nothing is
-    kept, since the weights of all layers together may not fit in memory.
+    The attention module of a block is the innermost module that returns weights of that shape.
+    Nothing is kept, since the weights of all layers together may not fit in memory.
     """
-    seen: dict[int, nn.Module] = {}
+    attention_of: dict[int, nn.Module] = {}  # by index of the block
     inputs: dict[nn.Module, Tensor] = {}
 
-    def watch(block: int) -> Callable[[nn.Module, Any, Any], None]:
+    def hand_on(block: int) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            weights = _attention_weights(output, length)
-            if weights is None or seen.get(block, module) is not module:
+            shape = (length, length)
+            weights = next((w for w in possible_weights(output) if w.shape[-2:] == shape), None)
+            if weights is None or attention_of.get(block, module) is not module:
                 return
-            if block in seen:
+            if block in attention_of:
                 raise ValueError(
                     f"block {block} runs more than once in a forward pass, so its attention is "
                     "not defined: choose other layers"
                 )
-            seen[block] = module
+            attention_of[block] = module
             parts = [(part, inputs[part]) for part in module.children() if part in inputs]
             inputs.clear()
             receive(AttentionCall(block, module, weights[0], parts))
@@ -97,14 +98,14 @@ def reading_attention(
 
     with ExitStack() as stack:
         for block, module in ((i, m) for i, b in enumerate(blocks) for m in b.modules()):
-            stack.callback(module.register_forward_hook(watch(block)).remove)
+            stack.callback(module.register_forward_hook(hand_on(block)).remove)
             if with_inputs:
                 stack.callback(module.register_forward_pre_hook(keep_input).remove)
         yield
 
 
-def _attention_weights(output: Any, length: int) -> Tensor | None:
-    """The weights (1, n_heads, length, length) in a module's output, if it holds any."""
+def possible_weights(output: Any) -> list[Tensor]:
+    """The tensors in a module's output that are shaped as weights, (1, n_heads, query, key)."""
     items = output if isinstance(output, tuple | list) else ()
-    found = (x for x in items if isinstance(x, Tensor) and x.dim() == 4 and x.is_floating_point())
-    return next((x for x in found if x.size(0) == 1 and x.shape[-2:] == (length, length)), None)
+    tensors = (x for x in items if isinstance(x, Tensor) and x.is_floating_point())
+    return [x for x in tensors if x.dim() == 4 and x.size(0) == 1]

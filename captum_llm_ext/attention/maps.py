@@ -1,6 +1,7 @@
-"""From the attention of every head to one map per layer, target tokens by features.
+"""Reduce the attention of all heads to one map per layer, target tokens by features.
 
-A new reduction is one function and one line in `LAYER_MAPS`.
+A new reduction is one function here, and its name in `LAYER_MAPS`, in `OVER_LAYERS` of
+`results/attention.py`, and in `CHOICES` of `registry.py`.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ ByFeature = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class LayerAttention:
-    """What is kept of a layer's attention, of the chosen heads.
+    """The attention of the selected heads of one layer.
 
-    targets: (n_heads, n_output, length), of the positions that predict the target tokens;
-    prompt: (n_heads, n_prompt, n_prompt) or None; mean: (length, length) over heads, for rollout,
-    or None; norms: (n_heads, length), of the values carried, for value_norm, or None.
+    targets: (n_heads, n_output, length), the rows of the positions that predict the target tokens;
+    prompt: (n_heads, n_prompt, n_prompt) or None; mean: (length, length), the mean over heads that
+    rollout needs, or None; norms: (n_heads, length), the norms of the values that value_norm
+    needs, or None.
     """
 
     name: str
@@ -62,9 +64,9 @@ LAYER_MAPS: dict[str, Callable[[Sequence[LayerAttention], ByFeature], list[Tenso
 
 
 def rollouts(means: Sequence[Tensor]) -> list[Tensor]:
-    """Attention rollout up to each layer, from the weights (length, length) of each.
+    """Attention rollout up to each layer, from the weights W (length, length) of each layer.
 
-    The residual connection counts as attention to oneself, and layers multiply:
+    The residual connection counts as attention of a token to itself, and layers multiply:
     A = (W + 1) / 2 with its rows normalised, R_l = A_l R_{l-1}, R_0 = 1. Abnar & Zuidema 2020,
     https://arxiv.org/abs/2005.00928, equation 1.
     """

@@ -1,4 +1,4 @@
-"""One teacher-forced pass that keeps the attention of chosen layers and heads."""
+"""One teacher-forced pass that keeps the attention of the selected layers and heads."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from captum_llm_ext.scoring.teacher_forcing import TeacherForcing
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What of the attention is kept.
+class Selection:
+    """The layers and heads whose attention is kept, and what is kept of each layer.
 
-    layers: each layer as it was asked for, with all modules in it, or None for every layer; heads:
-    their indices, or None for all; prompt: the attention among the prompt's tokens; mean: over
-    heads, at every position; norms: of the values that are carried.
+    layers: the modules in each layer, by the name that the caller used, or None for every layer;
+    heads: indices, or None for all; prompt: keep the attention among the prompt's tokens; mean:
+    keep the mean over heads at every position; norms: keep the norms of the values.
     """
 
     layers: Mapping[str, set[nn.Module]] | None = None
@@ -37,64 +37,81 @@ class Wanted:
     def includes(self, module: nn.Module) -> bool:
         return self.layers is None or any(module in parts for parts in self.layers.values())
 
+    def of_heads(self, name: str, values: Tensor, forcing: TeacherForcing) -> Tensor:
+        """The selected heads of a layer's values (n_heads, …), in float32, beside the ids."""
+        heads = list(range(len(values)) if self.heads is None else self.heads)
+        if not all(head < len(values) for head in heads):
+            raise ValueError(f"heads must be in 0…{len(values) - 1}, as {name} has; got {heads}")
+        return values[heads].float().to(forcing.ids.device)
+
+    def check(self, model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+        """Refuse a model none of whose `modules` gave attention, and a layer that holds none."""
+        if not modules:
+            raise ValueError(
+                f"{type(model).__name__} gives no attention weights: it has no attention, or its "
+                "attention cannot be computed with the implementation 'eager'"
+            )
+        for layer, parts in (self.layers or {}).items():
+            if not parts & set(modules.values()):
+                names = ", ".join(list(modules)[:4]) + (", …" if len(modules) > 4 else "")
+                raise ValueError(
+                    f"layer {layer} holds no attention: expected a decoder block or its attention "
+                    f"module, such as {names}"
+                )
+
 
 @torch.no_grad()
-def read_attention(forcing: TeacherForcing, wanted: Wanted) -> tuple[list[LayerAttention], Tensor]:
-    """The attention of each chosen layer, and log p (n_output,) of the target's tokens.
+def read_attention(
+    forcing: TeacherForcing, selection: Selection
+) -> tuple[list[LayerAttention], Tensor]:
+    """The attention of the selected layers, and log p (n_output,) of the target's tokens.
 
-    The weights of all layers together may not fit in memory, so each layer's are cut to what is
-    wanted while the model runs.
+    The weights of all layers together may not fit in memory, so each layer's weights are cut to
+    the selection while the model runs.
     """
-    model, length = forcing.model, forcing.ids.size(1)
+    model = forcing.model
     names = {module: name for name, module in model.named_modules()}
-    seen: dict[str, nn.Module] = {}
+    modules: dict[str, nn.Module] = {}
     layers: list[LayerAttention] = []
-    # Some families give the weights of their modules only where the model is asked for them.
-    options: dict[str, Any] = {"output_attentions": True}
-    if wanted.norms:
-        options["past_key_values"] = whole_cache(model)
+    cache = whole_cache(model) if selection.norms else None
 
     def receive(call: AttentionCall) -> None:
         name = names[call.module]
-        seen[name] = call.module
-        if wanted.includes(call.module):
+        modules[name] = call.module
+        if selection.includes(call.module):
             _check_causal(model, name, call.weights)
-            norms = value_norms(call, options["past_key_values"]) if wanted.norms else None
-            layers.append(_kept(name, call.weights, norms, forcing, wanted))
+            norms = None if cache is None else value_norms(call, cache)
+            layers.append(_cut(name, call.weights, norms, forcing, selection))
 
+    # Some families return the weights of their modules only with this option.
+    options: dict[str, Any] = {"output_attentions": True}
+    if cache is not None:
+        options |= {"past_key_values": cache, "use_cache": True}
     with ExitStack() as stack:
         stack.enter_context(without_checkpointing(model))
         stack.enter_context(eager_attention(model))
-        blocks = decoder_blocks(model)
-        stack.enter_context(reading_attention(blocks, length, receive, wanted.norms))
-        run = forcing.run(forcing.ids, forcing.whole, use_cache=wanted.norms, **options)
-    check_finite(run)
-    check_layers(model, wanted, seen)
+        blocks, length = decoder_blocks(model), forcing.ids.size(1)
+        stack.enter_context(reading_attention(blocks, length, receive, selection.norms))
+        scored = forcing.run(forcing.ids, forcing.whole, **options)
+    check_finite(scored)
+    selection.check(model, modules)
     check_same_heads(layers)
-    return layers, run.token_scores()[0]
+    return layers, scored.token_scores()[0]
 
 
-def _kept(
-    name: str, weights: Tensor, norms: Tensor | None, forcing: TeacherForcing, wanted: Wanted
+def _cut(
+    name: str, weights: Tensor, norms: Tensor | None, forcing: TeacherForcing, selection: Selection
 ) -> LayerAttention:
-    """What is wanted of the weights (n_heads, length, length) of one layer, in float32."""
-    device, n_prompt, n_output = forcing.ids.device, forcing.row.n_prompt, len(forcing.target)
-    chosen = chosen_heads(name, weights, wanted).to(device)
+    """The selection from the weights (n_heads, length, length) of one layer, in float32."""
+    n_prompt, n_output = forcing.row.n_prompt, len(forcing.target)
+    weights = selection.of_heads(name, weights, forcing)
     return LayerAttention(
         name=name,
-        targets=chosen[:, -n_output:].clone(),
-        prompt=chosen[:, :n_prompt, :n_prompt].clone() if wanted.prompt else None,
-        mean=chosen.mean(0) if wanted.mean else None,
-        norms=None if norms is None else chosen_heads(name, norms, wanted).to(device),
+        targets=weights[:, -n_output:].clone(),
+        prompt=weights[:, :n_prompt, :n_prompt].clone() if selection.prompt else None,
+        mean=weights.mean(0) if selection.mean else None,
+        norms=None if norms is None else selection.of_heads(name, norms, forcing),
     )
-
-
-def chosen_heads(name: str, values: Tensor, wanted: Wanted) -> Tensor:
-    """Of values (n_heads, …) of a layer's heads those that are wanted, in float32."""
-    heads = list(range(len(values)) if wanted.heads is None else wanted.heads)
-    if not all(head < len(values) for head in heads):
-        raise ValueError(f"heads must be in 0…{len(values) - 1}, as {name} has; got {heads}")
-    return values[heads].float()
 
 
 def _check_causal(model: nn.Module, name: str, weights: Tensor) -> None:
@@ -103,22 +120,6 @@ def _check_causal(model: nn.Module, name: str, weights: Tensor) -> None:
             f"{type(model).__name__} is not causal: in {name} a token attends to later ones, so "
             "one pass does not give the attention with which the target is generated"
         )
-
-
-def check_layers(model: nn.Module, wanted: Wanted, seen: Mapping[str, nn.Module]) -> None:
-    """Refuse a model without any attention weights, and a layer without any."""
-    if not seen:
-        raise ValueError(
-            f"{type(model).__name__} gives no attention weights: it has no attention, or its "
-            "attention cannot be computed with the implementation 'eager'"
-        )
-    for layer, parts in (wanted.layers or {}).items():
-        if not parts & set(seen.values()):
-            names = ", ".join(list(seen)[:4]) + (", …" if len(seen) > 4 else "")
-            raise ValueError(
-                f"layer {layer} holds no attention: expected a decoder block or its attention "
-                f"module, such as {names}"
-            )
 
 
 def check_same_heads(layers: Sequence[LayerAttention]) -> None:

@@ -1,4 +1,4 @@
-"""`LLMAttentionAttribution`: reads the attention of target tokens to the prompt, in one pass."""
+"""`LLMAttentionAttribution`: the attention of target tokens to the prompt, read in one pass."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from captum_llm_ext.attention.cross_attention import read_cross_attention
+from captum_llm_ext.attention.cross_attention import CROSS_REDUCTIONS, read_cross_attention
 from captum_llm_ext.attention.hooks import configs
 from captum_llm_ext.attention.maps import LAYER_MAPS, LayerAttention
-from captum_llm_ext.attention.reading import Wanted, read_attention
+from captum_llm_ext.attention.reading import Selection, read_attention
 from captum_llm_ext.compat import (
     Attribution,
     BaseLLMAttribution,
@@ -30,36 +30,36 @@ from captum_llm_ext.scoring.preparation import prepare
 from captum_llm_ext.scoring.tasks import Request, task_of
 
 AttentionLayers: TypeAlias = int | LayerSpec | Iterable[int | LayerSpec]
-CROSSING = ("mean", "max")  # reductions of the attention of a decoder to an encoder
 
 
 class LLMAttentionAttribution(BaseLLMAttribution):
-    """The attention that each target token's prediction pays to the input, of any layers and heads.
+    """The attention that the prediction of each target token pays to the input.
 
-    The weights are the softmaxed ones that the model itself computes, with its masks, grouped
-    heads, soft caps and sinks, in one pass over prompt and target, in float32. For the time of
-    that pass the model's attention implementation is "eager", which alone gives them. Attention
-    says where a head looks, not what made the model say what it said.
+    One pass over prompt and target reads the softmaxed weights that the model itself computes, with
+    its masks, grouped heads, soft caps and sinks, and returns them in float32. During that pass the
+    model's attention implementation is "eager", the only one that returns the weights. Attention
+    shows where a head looks. It does not show what made the model say what it said.
 
     Args:
-        model: a causal language model of transformers, or an encoder-decoder model, of which the
-            cross-attention is read: that of the decoder to the encoder's tokens.
+        model: a causal language model of transformers; or an encoder-decoder model, whose
+            cross-attention is read: the attention of the decoder to the encoder's tokens.
         tokenizer: the model's tokenizer.
         layers: decoder blocks or their attention modules: names, patterns (see `find_layers`),
-            modules, indices of blocks, or a list of these; a module chooses all attention that is
+            modules, indices of blocks, or a list of these. A module selects all attention modules
             in it. Default: every layer that has attention.
         heads: indices of heads, the same in every layer. Default: all.
-        reduction: how heads and layers become one map of target tokens by features: "mean" or
-            "max" over heads and layers; "rollout", the mean over heads multiplied through the
-            chosen layers with the residual connection as attention to oneself (Abnar & Zuidema
-            2020, https://arxiv.org/abs/2005.00928); "value_norm", the mean of α ‖f(x)‖: attention
-            times the norm of the vector it carries, the head's value after its part of the
-            output projection (Kobayashi et al. 2020, https://arxiv.org/abs/2004.10102), in units
-            of the hidden state. The full tensor on the result is of plain weights always.
+        reduction: how heads and layers become one map of target tokens by features. "mean" or
+            "max": over heads and layers. "rollout": the mean over heads, multiplied through the
+            selected layers, where the residual connection counts as attention of a token to itself
+            (Abnar & Zuidema 2020, https://arxiv.org/abs/2005.00928). "value_norm": the mean of
+            α ‖f(x)‖, the attention times the norm of the vector that it carries, in units of the
+            hidden state; f(x) is the head's value after its part of the output projection
+            (Kobayashi et al. 2020, https://arxiv.org/abs/2004.10102). The result's `attention`
+            always holds the plain weights.
 
     Raises:
-        ValueError: an unknown reduction, a layer that is not in the model, heads that are not
-            distinct indices, a model that is not one of transformers, or is not causal.
+        ValueError: the reduction is unknown, a layer is not in the model, the heads are not
+            distinct indices, or the model is not one of transformers or not causal.
 
     Example:
         >>> inp = TextTokenInput("The capital of France is", tokenizer)
@@ -80,13 +80,12 @@ class LLMAttentionAttribution(BaseLLMAttribution):
         reduction: str = "mean",
     ) -> None:
         if reduction not in LAYER_MAPS:
-            known = ", ".join(LAYER_MAPS)
-            raise ValueError(f"reduction must be one of {known}; got {reduction!r}")
+            raise ValueError(f"reduction must be one of {', '.join(LAYER_MAPS)}; got {reduction!r}")
         _check_model(model)
         super().__init__(Attribution(model), tokenizer)
         self.reduction = reduction
-        # Found now, so that a layer that is not in the model is an error where it was written.
-        self._chosen = _chosen_layers(model, layers)
+        # Resolved now, so that a layer that is not in the model fails where the caller wrote it.
+        self._layers = _modules_in(model, layers)
         self._heads = _checked_heads(heads)
 
     def attribute(
@@ -102,25 +101,27 @@ class LLMAttentionAttribution(BaseLLMAttribution):
         """Read the attention of every target token to every feature of the input.
 
         Args:
-            inp: the prompt, a `TextTokenInput` or a `TextTemplateInput`, also of `chat_input` and
-                `segment_input`. Attention to a span of several tokens is the sum over them.
+            inp: the prompt: a `TextTokenInput` or a `TextTemplateInput`, also from `chat_input` or
+                `segment_input`. The attention to a span of several tokens is the sum over them.
             target: a string (encoded without special tokens), a 1-D tensor of token ids, or None
                 to let the model generate it.
             gen_args: arguments of ``model.generate`` when `target` is None. Default: greedy, 25
                 new tokens.
-            include_generated: earlier target tokens are features too: n_input + n_output columns,
-                zero from the target token itself on. Where every token of the prompt is a feature,
-                each row of `attention` and its `sink_attention` then sum to 1.
-            include_prompt_attention: keep the attention among the tokens of the prompt too.
-                Neither is had of an encoder-decoder model.
-            show_progress: accepted for the sake of one signature; there is but one pass.
+            include_generated: earlier target tokens are features too. The result then has n_input
+                + n_output columns, zero from the target token itself on. Where every token of the
+                prompt is a feature, each row of `attention` and its `sink_attention` sum to 1. An
+                encoder-decoder model does not have this.
+            include_prompt_attention: also keep the attention among the tokens of the prompt. An
+                encoder-decoder model does not have this.
+            show_progress: has no effect, since there is one pass; other wrappers take it too.
 
         Returns:
-            An `LLMAttentionAttributionResult`: `token_attr` (n_output, n_input), row t the
+            An `LLMAttentionAttributionResult`: `token_attr` (n_output, n_input), whose row t is the
             attention of the position that predicts target token t; `seq_attr` (n_input,), the mean
-            over target tokens; the same of each layer; and `attention` (n_layers, n_heads,
-            n_output, n_input), the weights of each head. What a row lacks of 1 went to tokens that
-            are no feature, to earlier target tokens, and to sinks (`sink_attention`).
+            over target tokens; both for each layer too; and `attention` (n_layers, n_heads,
+            n_output, n_input), the weights of each head. A row that sums to less than 1 paid the
+            remainder to tokens that are no features, to earlier target tokens, or to sinks
+            (`sink_attention`).
 
         Raises:
             ValueError: the model gives no attention weights, or is not causal; a head is out of
@@ -134,18 +135,18 @@ class LLMAttentionAttribution(BaseLLMAttribution):
         prepared = prepare(self.model, self.tokenizer, prompt, Request(target, gen_args))
         forcing = prepared.forcing
         warn_of_dropout(forcing)
-        wanted = Wanted(
-            layers=self._chosen,
+        selection = Selection(
+            layers=self._layers,
             heads=self._heads,
             prompt=include_prompt_attention,
             mean=self.reduction == "rollout",
             norms=self.reduction == "value_norm",
         )
-        crosses = isinstance(forcing.model, EncoderDecoder)
-        if crosses:
-            _check_crossing(self.reduction, include_generated, include_prompt_attention)
-        read = read_cross_attention if crosses else read_attention
-        layers, log_probs = read(forcing, wanted)
+        read = read_attention
+        if isinstance(forcing.model, EncoderDecoder):
+            _check_cross(self.reduction, include_generated, include_prompt_attention)
+            read = read_cross_attention
+        layers, log_probs = read(forcing, selection)
         if include_generated:
             features = features.with_generated(forcing.target.ids, self.tokenizer)
         return self._result(layers, log_probs, features, prepared.output_tokens, inp, prompt)
@@ -154,16 +155,16 @@ class LLMAttentionAttribution(BaseLLMAttribution):
     def of_method(
         cls, name: str, model: nn.Module, tokenizer: Any, layers: Any, settings: Mapping[str, Any]
     ) -> LLMAttentionAttribution:
-        """The wrapper of a method of the registry, which needs no method of Captum's."""
+        """The wrapper for a row of the registry; it needs no attribution method of Captum."""
         del name
         return cls(model, tokenizer, layers, **settings)
 
     def method_options(self) -> set[str]:
-        """The keywords of `attribute` that belong to the method: none beside the wrapper's."""
+        """The keywords of `attribute` that belong to the method: none here."""
         return set()
 
     def check_options(self, options: Mapping[str, Any]) -> None:
-        """Nothing to refuse: every option of `attribute` has a meaning for every reduction."""
+        """Refuses nothing: every option of `attribute` has a meaning for every reduction."""
 
     def _result(
         self,
@@ -198,8 +199,7 @@ class LLMAttentionAttribution(BaseLLMAttribution):
 def _check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a model first, got {type(model).__name__}")
-    found = configs(model)
-    if not found:
+    if not configs(model):
         raise ValueError(
             f"{type(model).__name__} gives no attention weights: expected a causal language model "
             "of transformers, whose attention can be computed with the implementation 'eager'"
@@ -211,24 +211,24 @@ def _check_model(model: nn.Module) -> None:
         )
 
 
-def _check_crossing(reduction: str, include_generated: bool, include_prompt: bool) -> None:
+def _check_cross(reduction: str, include_generated: bool, include_prompt: bool) -> None:
     """Refuse what the attention of a decoder to an encoder does not have."""
-    if reduction not in CROSSING:
+    if reduction not in CROSS_REDUCTIONS:
         raise ValueError(
             f"reduction={reduction!r} is not defined for the attention of a decoder to an "
-            f"encoder: use one of {', '.join(CROSSING)}"
+            f"encoder: use one of {', '.join(CROSS_REDUCTIONS)}"
         )
     if include_generated or include_prompt:
         raise ValueError(
-            "of an encoder-decoder model the decoder's attention to the encoder's tokens is read: "
-            "leave out include_generated and include_prompt_attention"
+            "only the decoder's attention to the encoder's tokens is read from an encoder-decoder "
+            "model: leave out include_generated and include_prompt_attention"
         )
 
 
-def _chosen_layers(
+def _modules_in(
     model: nn.Module, layers: AttentionLayers | None
 ) -> dict[str, set[nn.Module]] | None:
-    """Each layer as it was asked for, and all modules in it; None for every layer."""
+    """All modules in each layer, by the name that the caller used; None for every layer."""
     if layers is None:
         return None
     one = isinstance(layers, int | str) or (
@@ -237,17 +237,16 @@ def _chosen_layers(
     specs: list[Any] = [layers] if one else list(layers)  # type: ignore[arg-type]
     if not specs:
         raise ValueError("layers must hold at least one layer, got an empty list")
-    chosen: dict[str, set[nn.Module]] = {}
+    modules: dict[str, set[nn.Module]] = {}
     for spec in specs:
         sites = _block(model, spec) if isinstance(spec, int) else resolve_sites(model, spec)[0]
         name = sites[0].name if isinstance(spec, nn.Module) else repr(spec)
-        chosen[name] = {part for site in sites for part in site.module.modules()}
-    return chosen
+        modules[name] = {part for site in sites for part in site.module.modules()}
+    return modules
 
 
-def _block(model: nn.Module, index: int) -> list[Site]:
-    found: Any = model
-    blocks = decoder_blocks(found.get_decoder() if task_of(model).name == SEQ2SEQ else model)
+def _block(model: Any, index: int) -> list[Site]:
+    blocks = decoder_blocks(model.get_decoder() if task_of(model).name == SEQ2SEQ else model)
     if isinstance(index, bool) or not -len(blocks) <= index < len(blocks):
         raise ValueError(
             f"expected the index of a decoder block in 0…{len(blocks) - 1}, got layer {index!r}"
@@ -258,8 +257,8 @@ def _block(model: nn.Module, index: int) -> list[Site]:
 def _checked_heads(heads: int | Sequence[int] | None) -> list[int] | None:
     if heads is None:
         return None
-    listed = [heads] if isinstance(heads, int) else list(heads)
-    counts = all(isinstance(h, int) and not isinstance(h, bool) and h >= 0 for h in listed)
-    if not listed or not counts or len(set(listed)) < len(listed):
+    indices = [heads] if isinstance(heads, int) else list(heads)
+    valid = all(isinstance(h, int) and not isinstance(h, bool) and h >= 0 for h in indices)
+    if not indices or not valid or len(set(indices)) < len(indices):
         raise ValueError(f"heads must be distinct indices of heads, from 0; got {heads!r}")
-    return listed
+    return indices
