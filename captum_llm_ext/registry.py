@@ -132,6 +132,26 @@ METHODS: dict[str, Method] = {
     ),
 }
 
+# The values of each option that takes one of a few. The modules that implement them import torch,
+# so the names stand here as well; `tests/cli/test_starts_at_once.py` holds the two together.
+CHOICES: dict[str, tuple[str, ...]] = {
+    "attr_target": ("log_prob", "prob", "logit", "rank"),
+    "by": ("token", "message", "word", "sentence", "line", "paragraph", "part"),
+    "layer_mode": ("independent", "joint"),
+    "norm": ("l1", "l2", "linf"),
+    "quadrature": (
+        "adaptive",
+        "riemann_left",
+        "riemann_right",
+        "riemann_middle",
+        "riemann_trapezoid",
+        "gausslegendre",
+    ),
+    "quantization": ("nf4", "int8"),
+    "reduction": ("mean", "max", "rollout", "value_norm"),
+    "task": ("causal", "seq2seq", "qa"),
+}
+
 
 def method_named(name: str) -> Method:
     """The row of a method.

@@ -1,7 +1,7 @@
-"""Finished records on disk: each process appends to a file of its own, one record a line.
+"""Finished records on disk: each process appends to its own journal, one record per line.
 
-A record counts once its line is whole. What a killed process left of a line is cut off when the
-same process index appends again, and passed over by all who read.
+A record counts once its line is whole. The part of a line that a killed process left behind is cut
+off when a process of the same index appends again; readers skip it.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a finished record lies, and whether it is an error."""
+class StoredRecord:
+    """A finished record in a journal: `length` bytes from `start`, and whether it is an error."""
 
     path: Path
     start: int
@@ -36,23 +36,23 @@ def journal_path(folder: Path, index: int) -> Path:
     return folder / f"{index}.jsonl"
 
 
-def finished(folder: Path) -> dict[int, Place]:
-    """Line number of every finished record in the folder's journals, and where it is."""
-    found: dict[int, Place] = {}
+def finished_records(folder: Path) -> dict[int, StoredRecord]:
+    """The finished records in the folder's journals, by the number of their line."""
+    records: dict[int, StoredRecord] = {}
     for path in sorted(folder.glob("*.jsonl")):
         for start, text in _whole_lines(path):
-            record = _record(text)
+            record = _parsed(text)
             if record is not None:
-                place = Place(path, start, len(text), record["status"] == "error")
-                found.setdefault(record["line"], place)
-    return found
+                stored = StoredRecord(path, start, len(text), record["status"] == "error")
+                records.setdefault(record["line"], stored)
+    return records
 
 
 @contextmanager
 def appending(path: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """A function that appends a record and returns once it is on the disk."""
+    """A function that appends a record, and returns once the record is on the disk."""
     with path.open("ab") as file:
-        file.truncate(_length_of_whole_lines(path))
+        file.truncate(sum(len(text) for _, text in _whole_lines(path)))
 
         def append(record: Mapping[str, Any]) -> None:
             file.write(json.dumps(record).encode() + b"\n")
@@ -63,6 +63,7 @@ def appending(path: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
 
 
 def _whole_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Each line that ends, and where it starts; only the last line of a file can lack its end."""
     start = 0
     with path.open("rb") as file:
         for text in file:
@@ -71,12 +72,8 @@ def _whole_lines(path: Path) -> Iterator[tuple[int, bytes]]:
             start += len(text)
 
 
-def _length_of_whole_lines(path: Path) -> int:
-    return max((start + len(text) for start, text in _whole_lines(path)), default=0)
-
-
-def _record(text: bytes) -> Record | None:
-    """The record of a line, or None where the line is damaged: it will be written anew."""
+def _parsed(text: bytes) -> Record | None:
+    """The record of a line, or None where the line is damaged, so that it is computed again."""
     try:
         record = json.loads(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""The lines of a file of prompts, and what a line asks for."""
+"""The lines of a file of prompts, and the request that each line makes."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from captum.attr import InterpretableInput
-
+from captum_llm_ext.compat import InterpretableInput
 from captum_llm_ext.inputs.features import prompt_ids
 from captum_llm_ext.inputs.prompts import requested_input
 
 
 @dataclass(frozen=True)
 class Line:
-    """A line that is not blank, and its number in the file, from 1."""
+    """A line that is not blank, and its number in the file, counted from 1."""
 
     number: int
     text: bytes
@@ -24,7 +23,7 @@ class Line:
 
 @dataclass(frozen=True)
 class PromptLine:
-    """What a line asks for: the input, the target (None: generated) and the options of its own."""
+    """The request of a line: its input, its target (None: generated) and its options."""
 
     inp: InterpretableInput
     target: str | None
@@ -32,11 +31,11 @@ class PromptLine:
 
 
 def read_lines(prompts: str | Path | Sequence[str | Mapping[str, Any]]) -> list[Line]:
-    """The lines of a JSONL file, or those that a list of prompts and requests would have in one.
+    """The lines of a JSONL file, or the lines that a list of prompts and dicts would fill.
 
     Raises:
         ValueError: there is no line.
-        TypeError: neither a path nor a list of str and dict.
+        TypeError: the prompts are neither a path nor a list of str and dict.
         OSError: the file cannot be read.
     """
     if isinstance(prompts, str | Path):
@@ -50,28 +49,28 @@ def read_lines(prompts: str | Path | Sequence[str | Mapping[str, Any]]) -> list[
 
 
 def read_fields(line: Line) -> dict[str, Any]:
-    """The fields of a line, each of its kind; those that are null count as absent.
+    """The checked fields of a line, without those that are null.
 
     Raises:
-        ValueError: no JSON object, or a field that is unknown or of another kind.
+        ValueError: the line is no JSON object, or a field is unknown or has a wrong value.
     """
     fields = json.loads(line.text.decode("utf-8"))
     if not isinstance(fields, dict):
         raise ValueError(f"expected a JSON object with a prompt, got {type(fields).__name__}")
-    present = {name: value for name, value in fields.items() if value is not None}
-    for name, value in present.items():
+    fields = {name: value for name, value in fields.items() if value is not None}
+    for name, value in fields.items():
         if name not in FIELDS:
             raise ValueError(f"unknown field {name!r}; the fields are {', '.join(FIELDS)}")
-        expected, fits = FIELDS[name]
-        if not fits(value):
-            raise ValueError(f"{name}: expected {expected}, got {_shown(value)}")
-    return present
+        expected, is_valid = FIELDS[name]
+        if not is_valid(value):
+            raise ValueError(f"{name}: expected {expected}, got {shortened(ascii(value))}")
+    return fields
 
 
 def read_prompt(
     line: Line, tokenizer: Any, by: str, roles: Sequence[str], target: str | None
 ) -> PromptLine:
-    """What a line asks for; `target` is for lines without one.
+    """The request of a line; `target` is for a line without a target.
 
     Raises:
         ValueError: as `read_fields`, or the input has no meaning.
@@ -88,27 +87,31 @@ def read_prompt(
 
 
 def number_of_tokens(line: Line, tokenizer: Any, by: str, roles: Sequence[str]) -> int:
-    """Length of a line's prompt in tokens; 0 where the line is not well-formed."""
+    """The length of a line's prompt in tokens; 0 where the line is malformed."""
     try:
         inp = read_prompt(line, tokenizer, by, roles, None).inp
         return len(prompt_ids(inp, None, tokenizer, "cpu"))
-    except Exception:  # of any kind: it is told when the line's turn comes
+    except Exception:  # whatever it is, the line's record will tell
         return 0
 
 
 def identity(line: Line) -> str | int | None:
-    """The `id` of a line, or None, also where the rest of it is of no use."""
+    """The `id` of a line or None, also where the line is malformed in other ways."""
     try:
         fields = json.loads(line.text)
     except (ValueError, RecursionError):
         return None
-    found = fields.get("id") if isinstance(fields, dict) else None
-    return found if isinstance(found, str | int) else None
+    value = fields.get("id") if isinstance(fields, dict) else None
+    return value if isinstance(value, str | int) else None
 
 
 def readable(text: str) -> str:
-    """Text with "?" for each lone half of a surrogate pair, which UTF-8 cannot hold."""
+    """The text with "?" for each lone half of a surrogate pair, which UTF-8 cannot hold."""
     return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def shortened(text: str, longest: int = 60) -> str:
+    return text if len(text) <= longest else text[:longest] + "…"
 
 
 def _as_line(item: str | Mapping[str, Any]) -> bytes:
@@ -122,7 +125,7 @@ def _as_line(item: str | Mapping[str, Any]) -> bytes:
 
 
 def _is_text(value: Any) -> bool:
-    """Text that UTF-8 can hold: a lone half of a surrogate pair is no character."""
+    """Whether it is a text that UTF-8 can hold."""
     return isinstance(value, str) and value == readable(value)
 
 
@@ -135,15 +138,10 @@ def _are_messages(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(m, dict) and _are_texts(m) for m in value)
 
 
-def _shown(value: Any, longest: int = 60) -> str:
-    shown = ascii(value)
-    return shown if len(shown) <= longest else shown[:longest] + "…"
-
-
 _TEXT = ("a string", _is_text)
 _TEXTS = ("a list of strings, or an object of them", _are_texts)
 INPUT_FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    # field: (what it is, whether a value is that)
+    # field: (what is expected, whether a value is that)
     "prompt": _TEXT,
     "messages": ("a list of objects with 'role' and 'content'", _are_messages),
     "template": _TEXT,

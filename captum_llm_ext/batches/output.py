@@ -5,12 +5,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from captum_llm_ext.batches.journal import Place, Record
+from captum_llm_ext.batches.journal import Record, StoredRecord
 from captum_llm_ext.batches.lines import readable
 from captum_llm_ext.results import LLMAttributionResult, LLMLayerAttributionResult
 
@@ -18,11 +18,11 @@ ROWS_PER_GROUP = 256
 
 
 def output_format(out: Path) -> Callable[[Path, Iterable[bytes]], None]:
-    """What writes a file of this name.
+    """The function that writes a file with this ending.
 
     Raises:
-        ValueError: an ending without a format, or there is no such folder.
-        ImportError: Parquet without pyarrow.
+        ValueError: the ending has no format, or the folder is not there.
+        ImportError: the format is Parquet, and pyarrow is not installed.
     """
     if out.suffix.lower() not in FORMATS:
         raise ValueError(f"expected a name that ends in {' or '.join(FORMATS)}, got {str(out)!r}")
@@ -35,10 +35,10 @@ def output_format(out: Path) -> Callable[[Path, Iterable[bytes]], None]:
     return FORMATS[out.suffix.lower()]
 
 
-def write_output(out: Path, work: Path, places: Sequence[Place]) -> None:
-    """Write the records in `work`, and put them in their place in one step."""
+def write_output(out: Path, work: Path, records: Sequence[StoredRecord]) -> None:
+    """Write the records to a file in `work`, and move it to `out` in one step."""
     part = work / f"assembled{out.suffix}.tmp"
-    output_format(out)(part, (place.read() for place in places))
+    output_format(out)(part, (record.read() for record in records))
     with part.open("rb+") as file:
         os.fsync(file.fileno())
     os.replace(part, out)
@@ -56,19 +56,14 @@ def _write_parquet(path: Path, lines: Iterable[bytes]) -> None:
     schema = _schema(pyarrow)
     rows = (_row(json.loads(line)) for line in lines)
     with parquet.ParquetWriter(path, schema, compression="zstd") as writer:
-        for group in _groups(rows, ROWS_PER_GROUP):
+        while group := list(islice(rows, ROWS_PER_GROUP)):
             writer.write_table(pyarrow.Table.from_pylist(group, schema=schema))
 
 
-def _groups(rows: Iterator[Record], size: int) -> Iterator[list[Record]]:
-    while group := list(islice(rows, size)):
-        yield group
-
-
 def _row(record: Record) -> dict[str, Any]:
-    """The columns of a record; those that it has no value for are left out."""
-    identity = None if record["id"] is None else str(record["id"])
-    row = {"line": record["line"], "id": identity, "status": record["status"]}
+    """The columns of a record, without those that have no value."""
+    row = {name: record[name] for name in ("line", "id", "status")}
+    row["id"] = None if row["id"] is None else str(row["id"])
     if "error" in record:
         row |= {f"error_{name}": text for name, text in record["error"].items()}
     else:
@@ -90,7 +85,7 @@ def _result_columns(result: LLMAttributionResult) -> dict[str, Any]:
 
 
 def _storable(value: Any) -> Any:
-    """Strings that UTF-8 can hold, also in lists; all else as it is."""
+    """The value with strings, also those in lists, that UTF-8 can hold."""
     if isinstance(value, list) and value and isinstance(value[0], str):
         return [readable(text) for text in value]
     return readable(value) if isinstance(value, str) else value

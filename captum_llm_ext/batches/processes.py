@@ -1,4 +1,4 @@
-"""Which share of the work is this process's: what a launcher says in the environment."""
+"""The share of this process in the work, from the environment that a launcher sets."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TypeVar
 
 _T = TypeVar("_T")
 
-# Of torchrun, which `accelerate launch` starts processes with, and of MPI's launchers.
+# Names that torchrun (which `accelerate launch` uses) and the launchers of MPI set.
 INDEX = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 COUNT = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 LOCAL_INDEX = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
@@ -17,25 +17,25 @@ LOCAL_INDEX = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
 
 @dataclass(frozen=True)
 class Process:
-    """One of `count` processes; `local_index` is its place among those of its machine."""
+    """One of `count` processes; `local_index` counts the processes of its machine."""
 
     index: int = 0
     count: int = 1
     local_index: int = 0
 
     def share(self, items: Sequence[_T]) -> list[_T]:
-        """Every `count`-th item, so that of items in order of size all shares weigh the same."""
+        """Every `count`-th item, so that all shares of items in order of size weigh the same."""
         return list(items[self.index :: self.count])
 
 
 def this_process(environment: Mapping[str, str] | None = None) -> Process:
-    """This process as its launcher describes it; alone where there is none."""
-    found = os.environ if environment is None else environment
-    index, count = _first(found, INDEX, 0), _first(found, COUNT, 1)
+    """This process as its launcher describes it, or the only process where there is no launcher."""
+    variables = os.environ if environment is None else environment
+
+    def first(names: Sequence[str], default: int) -> int:
+        return next((int(variables[name]) for name in names if name in variables), default)
+
+    index, count = first(INDEX, 0), first(COUNT, 1)
     if not 0 <= index < count:
         raise ValueError(f"expected a process index from 0 to {count - 1}, got {index}")
-    return Process(index, count, _first(found, LOCAL_INDEX, 0))
-
-
-def _first(environment: Mapping[str, str], names: Sequence[str], default: int) -> int:
-    return next((int(environment[name]) for name in names if name in environment), default)
+    return Process(index, count, first(LOCAL_INDEX, 0))

@@ -1,4 +1,4 @@
-"""The record of a line: its result, or why it has none."""
+"""The record of a line: its result, or the error that it ended in."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from captum_llm_ext.warning import warn
 
 @dataclass(frozen=True)
 class Explainer:
-    """The model and what is asked of every line alike."""
+    """The model, and the part of the request that all lines share."""
 
     model: nn.Module
     tokenizer: Any
@@ -34,10 +34,10 @@ class Explainer:
     options: Mapping[str, Any]
 
     def record(self, line: Line) -> Record:
-        """The record of a line: "status" "ok" with its result, or "error" with what went wrong.
+        """The record of a line: "status" "ok" with the result, or "error" with the error.
 
         Raises:
-            RuntimeError: the GPU is left unusable, so that no further line could be right.
+            RuntimeError: the GPU is broken, so that every further line would fail.
         """
         head = {"line": line.number, "id": identity(line)}
         try:
@@ -46,19 +46,22 @@ class Explainer:
         except Exception as error:
             if "CUDA error" in str(error):
                 raise
-            about = {"type": type(error).__name__, "message": " ".join(str(error).split())}
-            return head | {"status": "error", "error": about}
+            message = " ".join(str(error).split())
+            return head | {
+                "status": "error",
+                "error": {"type": type(error).__name__, "message": message},
+            }
 
     def _result(self, line: Line) -> str:
-        asked = read_prompt(line, self.tokenizer, self.by, self.roles, self.target)
-        options = {**self.options, **asked.options}
-        if asked.target is not None:
+        request = read_prompt(line, self.tokenizer, self.by, self.roles, self.target)
+        options = {**self.options, **request.options}
+        if request.target is not None:
             options.pop("gen_args", None)
         result = explain(
             self.model,
             self.tokenizer,
-            asked.inp,
-            asked.target,
+            request.inp,
+            request.target,
             self.method,
             self.layers,
             **options,
@@ -68,9 +71,9 @@ class Explainer:
 
 @dataclass
 class Warner:
-    """Passes warnings on, of each kind the first, with the line that it came from."""
+    """Passes on the first warning of each kind, with the number of its line."""
 
-    seen: set[str] = field(default_factory=set)
+    kinds: set[str] = field(default_factory=set)
 
     @contextmanager
     def of_line(self, number: int) -> Iterator[None]:
@@ -78,6 +81,6 @@ class Warner:
             yield
         for warning in caught:
             kind = re.sub(r"[-+.\d]+|'.*?'", "", str(warning.message))
-            if kind not in self.seen:
-                self.seen.add(kind)
+            if kind not in self.kinds:
+                self.kinds.add(kind)
                 warn(f"line {number}: {warning.message}", warning.category)

@@ -1,9 +1,9 @@
-"""`batch`: every line of a file attributed once, whatever stops the processes in between."""
+"""`batch`: attributes every line of a file once, however often its processes are stopped."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +13,12 @@ from filelock import FileLock, Timeout
 from torch import nn
 from tqdm.auto import tqdm
 
-from captum_llm_ext.batches.journal import Place, appending, finished, journal_path
+from captum_llm_ext.batches.journal import (
+    StoredRecord,
+    appending,
+    finished_records,
+    journal_path,
+)
 from captum_llm_ext.batches.lines import Line, number_of_tokens, read_lines
 from captum_llm_ext.batches.output import output_format, write_output
 from captum_llm_ext.batches.processes import Process, this_process
@@ -27,14 +32,14 @@ SETTINGS, REPORT, LOCK = "settings.json", "report.json", "lock"
 
 @dataclass(frozen=True)
 class BatchReport:
-    """How far a batch is: lines with a result, with an error, and left to other processes.
+    """How many lines of a batch have a result, how many an error, and how many are left.
 
-    The file is there once nothing is left.
+    The output file is written when no line is left.
 
     Args:
         n_results: lines with a result.
         n_errors: lines with an error record.
-        n_left: lines left to processes that have not finished. Default: 0.
+        n_left: lines that other processes have not finished. Default: 0.
 
     Raises:
         TypeError: an argument is missing.
@@ -66,52 +71,54 @@ def batch(
 ) -> BatchReport:
     """Attribute many prompts, and write the results in the order of the prompts.
 
-    May be stopped at any moment, also by killing the process: called again with the same arguments
-    it goes on where it was, and the file is the same as without the stop. A line that is malformed
-    or fails becomes an error record. Started as several processes by a launcher (``accelerate
-    launch``, torchrun, MPI) each takes its share of the lines, and whichever ends last writes the
-    file; the folder must be one that all see, and the number of processes may change on the way.
+    The call may be stopped at any moment, also by killing the process. Another call with the same
+    arguments goes on where it stopped, and writes the same file as a call that was never stopped. A
+    line that is malformed or fails becomes an error record. A launcher (``accelerate launch``,
+    torchrun, MPI) may start several processes: each takes its share of the lines, and the last to
+    end writes the file. All of them must see the folder of `out`. The number of processes may
+    change between calls.
 
     Args:
         model: a causal language model, on the device of this process.
         tokenizer: the model's tokenizer.
         prompts: a JSONL file, or a list of its lines as strings (prompts) and dicts. A line is an
-            object with "prompt"; or "messages", as `chat_input` takes them; or "template" and
-            "values", perhaps "baselines", as `TextTemplateInput`. Beside that "target" (default:
-            what the model generates), "contrast_target" and "id". Blank lines do not count.
-        out: the file to write, ".jsonl" or ".parquet", which must not be there. What is finished
-            is kept in the folder ``<out>.batch`` until then; its settings stay there afterwards.
-        target: of lines that have none. Default: generated.
-        method: as of `explain`.
-        layers: as of `explain`.
+            object with "prompt"; or with "messages", as `chat_input` takes them; or with "template"
+            and "values", and perhaps "baselines", as `TextTemplateInput` takes them. It may also
+            have "target" (default: what the model generates), "contrast_target" and "id". Blank
+            lines do not count.
+        out: the file to write, ".jsonl" or ".parquet"; it must not exist. Until it is written, the
+            folder ``<out>.batch`` keeps the finished records; afterwards it keeps the settings.
+        target: the target of every line without its own. Default: generated.
+        method: as in `explain`.
+        layers: as in `explain`.
         by: what a feature of a prompt or of messages is: "token" (default), "word", "sentence",
-            "line", "paragraph", or of messages "message".
-        roles: whose messages hold the features.
-        seed: of methods and generation that draw at random; each line has draws of its own.
-        show_progress: show a progress bar with the time left, in tokens of the prompts, since long
-            prompts go first and take longer.
+            "line" or "paragraph"; for messages also "message".
+        roles: the roles whose messages hold the features.
+        seed: seed of methods and generation that draw at random; each line has its own draws.
+        show_progress: show a progress bar with the time left. It counts tokens of the prompts,
+            since long prompts go first and take longer.
         **kwargs: further options of `explain`, the same for every line.
 
     Returns:
-        How many lines have a result and how many an error, and how many are left to processes
-        that have not finished.
+        How many lines have a result, how many an error, and how many other processes have not
+        finished.
 
         A line of a JSONL file is {"line": its number from 1, "id": its "id" or null, "status":
-        "ok", "result": the object that ``to_json`` gives}, or with "status" "error" {"error":
-        {"type": ..., "message": ...}} instead of "result". Columns of a Parquet file: line, id,
-        status, input_tokens, output_tokens, layer_names (lists of strings), seq_attr, token_attr,
-        output_probs, layer_seq_attr, layer_token_attr (float32, lists nested as the shapes say),
-        error_type, error_message, and result, the text that ``from_json`` reads.
+        "ok", "result": the object that ``to_json`` gives}. A line whose "status" is "error" has
+        {"error": {"type": ..., "message": ...}} instead of "result". The columns of a Parquet file
+        are line, id, status, input_tokens, output_tokens, layer_names (lists of strings), seq_attr,
+        token_attr, output_probs, layer_seq_attr, layer_token_attr (float32, lists nested as the
+        shapes say), error_type, error_message, and result, the text that ``from_json`` reads.
 
     Raises:
-        ValueError: another batch with other settings was begun under this name, or the file is
-            there already; an unknown ending, method, layer or value; no prompts.
-        TypeError: an option that the method does not take.
-        ImportError: Parquet without pyarrow (``captum-llm-ext[export]``).
+        ValueError: a batch of this name was begun with other settings, or the file exists; an
+            ending, method, layer or value is unknown; there are no prompts.
+        TypeError: the method does not take an option.
+        ImportError: the file is ".parquet" and pyarrow (``captum-llm-ext[export]``) is missing.
         OSError: a file cannot be read or written, or another process writes the same batch.
 
     Warns:
-        as `explain`, with the number of the line; of each kind of warning once.
+        as `explain` does, with the number of the line; each kind of warning once.
 
     Example:
         >>> model, tokenizer = load_demo_model()
@@ -129,10 +136,10 @@ def batch(
     request = {"method": method, "layers": layers, "by": by, "roles": roles} | kwargs
     settings = batch_settings(model, tokenizer, lines, {**request, "target": target, "seed": seed})
     files = _Files(out)
-    with files.of_process(process, settings) as done:
-        if done is None:
+    with files.of_process(process, settings) as finished:
+        if finished is None:
             return files.report()
-        _explain_share(explainer, lines, process, done, files, show_progress)
+        _explain_share(explainer, lines, process, finished, files, show_progress)
     return files.assemble([line.number for line in lines])
 
 
@@ -140,7 +147,7 @@ def _explain_share(
     explainer: Explainer,
     lines: Sequence[Line],
     process: Process,
-    done: Mapping[int, Place],
+    finished: Container[int],
     files: _Files,
     show_progress: bool,
 ) -> None:
@@ -149,9 +156,8 @@ def _explain_share(
         line.number: number_of_tokens(line, explainer.tokenizer, explainer.by, explainer.roles)
         for line in lines
     }
-    by_length = sorted(lines, key=lambda line: -tokens[line.number])
-    share = process.share(by_length)
-    left = [line for line in share if line.number not in done]
+    share = process.share(sorted(lines, key=lambda line: -tokens[line.number]))
+    left = [line for line in share if line.number not in finished]
     warner, hidden = Warner(), not show_progress or process.index > 0
     total = sum(tokens[line.number] for line in share)
     start = total - sum(tokens[line.number] for line in left)
@@ -159,8 +165,8 @@ def _explain_share(
         appending(journal_path(files.folder, process.index)) as append,
         tqdm(total=total, initial=start, unit="token", disable=hidden) as bar,
     ):
-        for place, line in enumerate(left, len(share) - len(left) + 1):
-            bar.set_description(f"prompt {place} of {len(share)}", refresh=False)
+        for number, line in enumerate(left, len(share) - len(left) + 1):
+            bar.set_description(f"prompt {number} of {len(share)}", refresh=False)
             with warner.of_line(line.number):
                 record = explainer.record(line)
             append(record)
@@ -168,50 +174,53 @@ def _explain_share(
 
 
 class _Files:
-    """The finished file and the folder beside it with what is known before."""
+    """The output file, and the folder beside it that holds the journals, settings and locks."""
 
     def __init__(self, out: Path) -> None:
         self.out = out
         self.folder = out.with_name(out.name + WORK_SUFFIX)
-        # Held while files appear, are looked for or go, so that no process sees half of it.
+        # Held while files are made, listed or removed, so that no process sees half of it.
         self._lock = FileLock(self.folder / LOCK)
 
     @contextmanager
     def of_process(
         self, process: Process, settings: Mapping[str, Any]
-    ) -> Iterator[dict[int, Place] | None]:
-        """The records finished so far, or None if the file is; no other process has this index."""
+    ) -> Iterator[dict[int, StoredRecord] | None]:
+        """The finished records, or None where the output file is there.
+
+        No other process can have the same index meanwhile.
+        """
         self.folder.mkdir(exist_ok=True)
-        own = FileLock(self.folder / f"{process.index}.lock", timeout=0)
+        index_lock = FileLock(self.folder / f"{process.index}.lock", timeout=0)
         with self._lock:
             check_settings(self.folder / SETTINGS, settings, self.out)
-            done = None if self.out.exists() else finished(self.folder)
-            if done is not None:
-                _acquire(own, self.out)
+            finished = None if self.out.exists() else finished_records(self.folder)
+            if finished is not None:
+                _acquire(index_lock, self.out)
         try:
-            yield done
+            yield finished
         finally:
-            own.release()
+            index_lock.release()
 
     def assemble(self, numbers: Sequence[int]) -> BatchReport:
-        """Write the file where every line is finished and no other process was faster."""
+        """Write the output file if every line is finished and no other process has written it."""
         with self._lock:
             if self.out.exists():
                 return self.report()
-            found = finished(self.folder)
-            places = [found[number] for number in numbers if number in found]
-            n_errors = sum(place.is_error for place in places)
-            report = BatchReport(len(places) - n_errors, n_errors, len(numbers) - len(places))
+            finished = finished_records(self.folder)
+            records = [finished[number] for number in numbers if number in finished]
+            n_errors = sum(record.is_error for record in records)
+            report = BatchReport(len(records) - n_errors, n_errors, len(numbers) - len(records))
             if report.n_left == 0:
                 write_whole(self.folder / REPORT, json.dumps(asdict(report)).encode())
-                write_output(self.out, self.folder, places)
+                write_output(self.out, self.folder, records)
                 self._clear()
             return report
 
     def report(self) -> BatchReport:
         """The report of a finished batch."""
         with self._lock:
-            self._clear()  # what was left by a process killed between the last two steps
+            self._clear()  # a process may have been killed between the last two steps
             return BatchReport(**json.loads((self.folder / REPORT).read_bytes()))
 
     def _clear(self) -> None:

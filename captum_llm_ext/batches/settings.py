@@ -1,4 +1,4 @@
-"""What a batch was started with, so that it is not gone on with otherwise."""
+"""The settings of a batch, which may not change while it is unfinished."""
 
 from __future__ import annotations
 
@@ -13,27 +13,26 @@ import torch
 from torch import Tensor, nn
 
 from captum_llm_ext._version import __version__
-from captum_llm_ext.batches.lines import Line
+from captum_llm_ext.batches.lines import Line, shortened
 
 VALUES_PER_WEIGHT = 8
-# Options that decide how the work is done, not what comes of it.
-OF_NO_CONSEQUENCE = ("internal_batch_size", "perturbations_per_eval", "show_progress")
-_LONGEST_SHOWN = 60
+# These options change how the work is done, and not its results.
+WITHOUT_EFFECT = ("internal_batch_size", "perturbations_per_eval", "show_progress")
 
 
 def batch_settings(
     model: nn.Module, tokenizer: Any, lines: Sequence[Line], request: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Everything that the results depend on, as JSON has it; digests of what is large."""
+    """Everything that the results depend on, as JSON writes it; large things as digests."""
     return {
         "captum_llm_ext": __version__,
         "model": _digest(_weights(model)),
         "tokenizer": _digest(_tokenizer(tokenizer)),
         "prompts": _digest(part for line in lines for part in (str(line.number), line.text)),
         **{
-            name: _plain(value, model)
+            name: _as_json(value, model)
             for name, value in request.items()
-            if name not in OF_NO_CONSEQUENCE
+            if name not in WITHOUT_EFFECT
         },
     }
 
@@ -42,11 +41,13 @@ def check_settings(path: Path, settings: Mapping[str, Any], out: Path) -> None:
     """Write the settings of a new batch, or compare them with those that it was started with.
 
     Raises:
-        ValueError: they differ, the message says in what; or a file of another origin is there.
+        ValueError: a setting differs, and the message says which; or `out` is not from a batch.
     """
     if not path.exists():
         if out.exists():
-            raise ValueError(f"{out} exists and is of no batch: choose another name, or delete it")
+            raise ValueError(
+                f"{out} exists and is not from a batch: choose another name, or delete it"
+            )
         write_whole(path, json.dumps(settings, indent=1).encode())
         return
     try:
@@ -56,7 +57,8 @@ def check_settings(path: Path, settings: Mapping[str, Any], out: Path) -> None:
     names = [n for n in {**before, **settings} if before.get(n) != settings.get(n)]
     if names:
         differences = "; ".join(
-            f"{name}: {_shown(before.get(name))} then, {_shown(settings.get(name))} now"
+            f"{name}: {shortened(json.dumps(before.get(name)))} then, "
+            f"{shortened(json.dumps(settings.get(name)))} now"
             for name in names
         )
         raise ValueError(
@@ -84,19 +86,19 @@ def _digest(parts: Iterable[str | bytes]) -> str:
 
 
 def _weights(model: nn.Module) -> Iterable[str]:
-    """Names and a few values of every weight: what tells apart models of one architecture."""
+    """The name and a few values of every weight, which tell models of one architecture apart."""
     yield type(model).__name__
     for name, weight in model.named_parameters():
         yield f"{name} {weight.dtype} {_sample(weight)}"
 
 
 def _sample(weight: Tensor) -> list[float]:
-    # Quantised weights may be packed anew by the first pass; those offloaded have no values here.
+    # The first pass may repack quantised weights, and offloaded weights have no values here.
     if not weight.is_floating_point() or weight.is_meta or weight.numel() == 0:
         return []
     flat = weight.detach().reshape(-1)
-    places = torch.linspace(0, flat.numel() - 1, VALUES_PER_WEIGHT, dtype=torch.float64).long()
-    values: list[float] = flat[places.to(flat.device)].tolist()
+    indices = torch.linspace(0, flat.numel() - 1, VALUES_PER_WEIGHT, dtype=torch.float64).long()
+    values: list[float] = flat[indices.to(flat.device)].tolist()
     return values
 
 
@@ -107,19 +109,14 @@ def _tokenizer(tokenizer: Any) -> Iterable[str]:
     yield str(getattr(tokenizer, "chat_template", None))
 
 
-def _plain(value: Any, model: nn.Module) -> Any:
-    """A value as JSON has it: modules by their names, tensors by their values."""
+def _as_json(value: Any, model: nn.Module) -> Any:
+    """A value as JSON can write it: a module as its name, a tensor as a digest."""
     if isinstance(value, nn.Module):
         return next((name for name, part in model.named_modules() if part is value), repr(value))
     if isinstance(value, Tensor):
         return {"tensor": _digest([repr(value.detach().cpu().tolist())])}
     if isinstance(value, Mapping):
-        return {str(key): _plain(item, model) for key, item in value.items()}
+        return {str(key): _as_json(item, model) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item, model) for item in value]
+        return [_as_json(item, model) for item in value]
     return value if isinstance(value, str | int | float | None) else repr(value)
-
-
-def _shown(value: Any) -> str:
-    shown = json.dumps(value)
-    return shown if len(shown) <= _LONGEST_SHOWN else shown[:_LONGEST_SHOWN] + "…"

@@ -1,4 +1,4 @@
-"""The command line: a thin skin over ``explain`` and ``batch``."""
+"""The command line: it passes its arguments to ``explain`` or ``batch``."""
 
 from captum_llm_ext.cli.entry import main
 

@@ -1,6 +1,8 @@
-"""The arguments that commands have in common, by the names that Python uses.
+"""The arguments that both commands take, by the names that Python uses.
 
-Those without a default are in the namespace only where they were given; `options.py` reads them.
+An argument without a default is in the result only where the caller gave it. `options.py` turns
+the arguments into keywords: an argument that nothing there takes out is a keyword of `explain`, so
+a further option of `explain` is one `add(...)` here. This module imports neither torch nor Captum.
 """
 
 from __future__ import annotations
@@ -8,18 +10,10 @@ from __future__ import annotations
 import argparse
 import json
 from argparse import SUPPRESS, ArgumentTypeError, BooleanOptionalAction
+from contextlib import suppress
 from typing import Any, NoReturn
 
-from captum_llm_ext.attention.maps import LAYER_MAPS
-from captum_llm_ext.compat import FIXED_RULES
-from captum_llm_ext.gradients.integrated_gradients import ADAPTIVE
-from captum_llm_ext.gradients.method import NORMS
-from captum_llm_ext.inputs.chats import CHAT_FEATURES
-from captum_llm_ext.inputs.questions import QA_FEATURES
-from captum_llm_ext.inputs.targets import PERTURBATION_TARGETS
-from captum_llm_ext.model.loading import QUANTIZATIONS
-from captum_llm_ext.registry import METHODS
-from captum_llm_ext.scoring.tasks import TASKS
+from captum_llm_ext.registry import CHOICES, METHODS
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -45,37 +39,36 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--task",
-        choices=TASKS,
-        help="causal: the prompt goes on; seq2seq: it is translated or summarised; qa: an answer "
-        "is found in the context (default: what the model was saved as)",
+        choices=CHOICES["task"],
+        help="causal: the model continues the prompt; seq2seq: it translates or summarises it; "
+        "qa: it finds the answer in a context (default: what the model was saved as)",
     )
-    add("--quantization", choices=QUANTIZATIONS, help="load its weights in 4 or 8 bits")
-    add("--dtype", choices=DTYPES, help="of its weights (default: as stored)")
+    add("--quantization", choices=CHOICES["quantization"], help="load the weights in 4 or 8 bits")
+    add("--dtype", choices=DTYPES, help="dtype of the weights (default: as stored)")
     add(
         "--device-map",
         type=_value,
         metavar="WHERE",
-        help='where its weights go, such as "cuda" or "auto" (default: the CPU; of several '
-        "processes, each process's own GPU where there are any)",
+        help='device of the weights, such as "cuda" or "auto" (default: the CPU; with several '
+        "processes, a GPU for each process where there are any)",
     )
 
 
 def add_input_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("prompt and target")
-    add = group.add_argument
+    add = parser.add_argument_group("prompt and target").add_argument
     add(
         "--by",
-        choices=list(dict.fromkeys((*CHAT_FEATURES, *QA_FEATURES))),
+        choices=CHOICES["by"],
         default="token",
-        help="what a feature of the prompt is (default: %(default)s; message: of chats; part: "
-        "question and context)",
+        help="what a feature of the prompt is; message is for chats, part for a question with its "
+        "context (default: %(default)s)",
     )
     add(
         "--roles",
         nargs="+",
         default=["user"],
         metavar="ROLE",
-        help="whose messages of a chat hold the features (default: user)",
+        help="the roles in a chat whose messages hold the features (default: user)",
     )
     add(
         "--target",
@@ -85,7 +78,8 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--contrast-target",
         metavar="TEXT",
-        help="attribute the score of the target less that of this one, of as many tokens or one",
+        help="attribute the score of the target minus the score of this text, which has one token "
+        "or as many as the target",
     )
     add(
         "--max-new-tokens",
@@ -116,35 +110,45 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="PATTERN",
         help='layers by name or pattern, such as q_proj or "model.layers.*.mlp"; put them after '
-        "the prompt (default: the input embeddings; of attention: all layers)",
+        "the prompt (default: the input embeddings; for attention, every layer)",
     )
     add(
         "--layer-mode",
-        choices=("independent", "joint"),
-        help="of several layers: each as if it were alone (default), or all move together",
+        choices=CHOICES["layer_mode"],
+        help="treat each of several layers as if it were alone (default), or move all together",
     )
     add(
         "--attribute-to-layer-input",
         action="store_true",
         help="attribute to the input of the layers instead of their output",
     )
-    add("--attr-target", choices=PERTURBATION_TARGETS, help="the score (default: log_prob)")
     add(
-        "--norm",
-        choices=[name for name in NORMS if name != "sum"],
-        help="of saliency (default: l1)",
+        "--attr-target",
+        choices=CHOICES["attr_target"],
+        help="the score that is attributed (default: log_prob)",
     )
-    add("--heads", nargs="+", type=int, metavar="N", help="of attention, from 0 (default: all)")
+    add("--norm", choices=CHOICES["norm"], help="norm that saliency takes (default: l1)")
+    add(
+        "--heads",
+        nargs="+",
+        type=int,
+        metavar="N",
+        help="attention heads, counted from 0 (default: all)",
+    )
     add(
         "--reduction",
-        choices=LAYER_MAPS,
-        help="how attention of all heads and layers becomes one map (default: mean)",
+        choices=CHOICES["reduction"],
+        help="how the attention of all heads and layers becomes one map (default: mean)",
     )
     add(
         "--include-prompt-attention",
         action="store_true",
-        help="keep the attention among the tokens of the prompt too",
+        help="also keep the attention among the tokens of the prompt",
     )
+    for name, methods in _methods_by_setting().items():
+        values = {"choices": CHOICES[name]} if name in CHOICES else {"type": _value}
+        with suppress(argparse.ArgumentError):  # written out above
+            add(_flag(name), help=f"setting of {', '.join(methods)}", **values)
     _add_path_arguments(parser)
     _add_work_arguments(parser)
 
@@ -158,8 +162,8 @@ def _add_path_arguments(parser: argparse.ArgumentParser) -> None:
         type=_baseline,
         metavar="NAME",
         help="where the path of ig, conductance and gradshap starts: pad, eos, unk, zero, mean, "
-        "nearest, a token or its id (default: 0), several to average over; of perturbations of "
-        "tokens what stands for an absent one; of --values one for each",
+        "nearest, a token or its id (default: 0), or several to average over; for perturbations "
+        "of tokens, what replaces an absent token; with --values, one for each value",
     )
     add(
         "--n-steps",
@@ -170,24 +174,24 @@ def _add_path_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--quadrature",
-        choices=(ADAPTIVE, *FIXED_RULES),
-        help="their rule; adaptive takes gradients where the path needs them, "
+        choices=CHOICES["quadrature"],
+        help="rule of ig and conductance; adaptive takes gradients where the path needs them, "
         "until the attributions sum to the score difference within --tol (default: gausslegendre)",
     )
     add(
         "--adaptive",
         dest="quadrature",
         action="store_const",
-        const=ADAPTIVE,
+        const="adaptive",
         help="short for --quadrature adaptive",
     )
-    add("--tol", type=float, metavar="X", help="of adaptive quadrature (default: 0.05)")
+    add("--tol", type=float, metavar="X", help="tolerance of adaptive quadrature (default: 0.05)")
     add(
         "--max-evaluations",
         "--max-rows",
         type=_positive,
         metavar="N",
-        help="most points of it (default: 1000)",
+        help="most points of adaptive quadrature (default: 1000)",
     )
     add(
         "--n-samples",
@@ -197,8 +201,8 @@ def _add_path_arguments(parser: argparse.ArgumentParser) -> None:
         help="samples of methods that draw at random",
     )
     add("--stdevs", type=float, metavar="X", help="noise of gradshap on the layer (default: 0)")
-    add("--num-trials", type=_positive, metavar="N", help="average over so many runs (default: 1)")
-    add("--seed", type=_whole, metavar="N", help="of what is drawn at random")
+    add("--num-trials", type=_positive, metavar="N", help="average over N runs (default: 1)")
+    add("--seed", type=_whole, metavar="N", help="seed of all random draws")
 
 
 def _add_work_arguments(parser: argparse.ArgumentParser) -> None:
@@ -217,17 +221,30 @@ def _add_work_arguments(parser: argparse.ArgumentParser) -> None:
     add("--include-generated", action="store_true", help="earlier target tokens are features too")
     add("--include-hidden-attr", action="store_true", help="keep attributions per hidden unit")
     add("--internal-batch-size", type=_positive, metavar="N", help="rows per pass of the model")
-    add("--autocast", choices=DTYPES[1:], help="run the passes in this type: faster, less exact")
+    add("--autocast", choices=DTYPES[1:], help="run the passes in this dtype: faster, less exact")
     add(
         "--reuse-prefix",
         action=BooleanOptionalAction,
-        help="run what precedes all features once (default)",
+        help="run the tokens before all features once (default)",
     )
     add(
         "--forward-mode",
         action=BooleanOptionalAction,
         help="one derivative per feature, not per target token (default: where it is cheaper)",
     )
+
+
+def _methods_by_setting() -> dict[str, list[str]]:
+    """The names of the methods that are made with each keyword of the registry."""
+    methods: dict[str, list[str]] = {}
+    for name, method in METHODS.items():
+        for setting in (*method.wrapped_by.settings, *method.settings):
+            methods.setdefault(setting, []).append(name)
+    return methods
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _whole(text: str) -> int:
@@ -247,7 +264,7 @@ def _baseline(text: str) -> int | str:
 
 
 def _value(text: str) -> Any:
-    """A number, list or object as JSON has it, else the text as it is."""
+    """A number, list or object as JSON writes it; other text as it is."""
     try:
         return json.loads(text)
     except ValueError:

@@ -1,4 +1,7 @@
-"""The entry point: which command it is, and how errors and warnings are told."""
+"""The entry point: chooses the command, and prints its errors and warnings.
+
+Help, the version and errors of arguments come without torch: the commands import it as they run.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments. Default: those of the process.
 
     Returns:
-        0, or 2 where the request cannot be met, 1 for any other error, 130 when interrupted.
+        0; 2 where the request cannot be met, 1 for any other error, 130 when interrupted.
 
     Raises:
         SystemExit: from argparse, for ``--help``, ``--version`` (0) and wrong arguments (2).
@@ -34,29 +37,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         >>> main(["The capital of France is", "--target", " Paris"])  # doctest: +SKIP
         0
     """
-    given = list(sys.argv[1:] if argv is None else argv)
-    command = COMMANDS.get(given[0], one) if given else one
+    words = list(sys.argv[1:] if argv is None else argv)
+    command = COMMANDS.get(words[0], one) if words else one
     parser = command.build_parser()
     parser.add_argument(
         "--verbose",
         action="store_true",
         default=False,
-        help="tell what is being done; show tracebacks",
+        help="log what is being done, and show tracebacks",
     )
-    arguments = parser.parse_args(given if command is one else given[1:])
-    with _messages_on_stderr(arguments.verbose):
+    arguments = vars(parser.parse_args(words if command is one else words[1:]))
+    verbose = arguments.pop("verbose")
+    with _messages_on_stderr(verbose):
         try:
             command.run(arguments)
             sys.stdout.flush()
         except BrokenPipeError:
-            # The reader (head, less) went away: leave nothing to flush at exit.
+            # The reader (head, less) has ended: leave nothing to flush at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
         except KeyboardInterrupt:
             print("captum-llm-ext: interrupted", file=sys.stderr)
             return 130
         except Exception as error:
-            return _report(error, arguments.verbose)
+            return _report(error, verbose)
     return 0
 
 
@@ -73,7 +77,7 @@ def _report(error: Exception, verbose: bool) -> int:
 
 @contextmanager
 def _messages_on_stderr(verbose: bool) -> Iterator[None]:
-    """Warnings as one line each, and with ``verbose`` the package's log, for the time of a run."""
+    """During a run, print each warning as one line, and with ``verbose`` the package's log."""
     package = logging.getLogger("captum_llm_ext")
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("captum-llm-ext: %(message)s"))

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import Any
 
-from captum_llm_ext.batches import BatchReport, batch
 from captum_llm_ext.cli.arguments import (
     Parser,
     add_input_arguments,
     add_method_arguments,
     add_model_arguments,
 )
-from captum_llm_ext.cli.options import explain_options, given, layers, loaded
+from captum_llm_ext.cli.options import explain_keywords, load
 
 DESCRIPTION = """\
-Attribute every prompt of a file. Stopped at any moment and started again, it goes on where it was.
+Attribute every prompt of a file. A command that was stopped goes on where it was when you give it
+again.
 
 A line is a JSON object: {"prompt": "..."}, {"messages": [{"role": "user", "content": "..."}]} or
 {"template": "{} lives in {}", "values": ["Dave", "Palm Coast"]}, each perhaps with "target",
-"contrast_target" and "id". One that is malformed or fails becomes an error record.
+"contrast_target" and "id". A line that is malformed or fails becomes an error record.
 """
 EXAMPLES = """\
 examples:
@@ -48,29 +49,20 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: dict[str, Any]) -> None:
     """Load the model, attribute all prompts, and tell how many have a result."""
-    options = explain_options(arguments) | given(arguments, ("target", "seed"))
-    model, tokenizer = loaded(arguments)
-    report = batch(
-        model,
-        tokenizer,
-        arguments.prompts,
-        arguments.out,
-        method=arguments.method,
-        layers=layers(arguments),
-        by=arguments.by,
-        roles=arguments.roles,
-        show_progress=sys.stderr.isatty(),
-        **options,
-    )
-    print(f"captum-llm-ext: {_told(report, arguments.out)}", file=sys.stderr)
-    if report.n_errors and not (report.n_results or report.n_left):
-        raise ValueError(f"no prompt has a result: the records in {arguments.out} say why")
+    model, tokenizer = load(arguments)
 
+    from captum_llm_ext.batches.run import batch
 
-def _told(report: BatchReport, out: str) -> str:
+    prompts, out = arguments.pop("prompts"), arguments.pop("out")
+    options = explain_keywords(arguments)
+    report = batch(model, tokenizer, prompts, out, show_progress=sys.stderr.isatty(), **options)
     counts = f"{report.n_results} results, {report.n_errors} errors"
     if report.n_left:
-        return f"{counts}; {report.n_left} left to other processes"
-    return f"wrote {out}: {counts}"
+        summary = f"{counts}; {report.n_left} left to other processes"
+    else:
+        summary = f"wrote {out}: {counts}"
+    print(f"captum-llm-ext: {summary}", file=sys.stderr)
+    if report.n_errors and not (report.n_results or report.n_left):
+        raise ValueError(f"no prompt has a result: the records in {out} say why")

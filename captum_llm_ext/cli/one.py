@@ -15,13 +15,8 @@ from captum_llm_ext.cli.arguments import (
     add_method_arguments,
     add_model_arguments,
 )
-from captum_llm_ext.cli.options import explain_options, given, layers, loaded
-from captum_llm_ext.cli.outputs import add_output_arguments, show
-from captum_llm_ext.explaining import check_options, explain
-from captum_llm_ext.inputs.prompts import requested_input
-from captum_llm_ext.model.adapter import QA
-from captum_llm_ext.model.random_state import seeded
-from captum_llm_ext.scoring.tasks import task_of
+from captum_llm_ext.cli.options import explain_keywords, load, take
+from captum_llm_ext.cli.outputs import OUTPUT_OPTIONS, add_output_arguments, show
 
 DESCRIPTION = "Show which words of a prompt made a language model say what it said."
 EXAMPLES = """\
@@ -59,7 +54,11 @@ def build_parser() -> argparse.ArgumentParser:
         default=False,
         help="put the prompt through the model's chat template",
     )
-    add("--context", metavar="TEXT", help="of qa: the text that holds the answer to the prompt")
+    add(
+        "--context",
+        metavar="TEXT",
+        help="the text that holds the answer, for question answering models",
+    )
     add(
         "--values",
         nargs="+",
@@ -72,37 +71,46 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: dict[str, Any]) -> None:
     """Load the model, explain the prompt, show the result."""
-    fields, options = _fields(arguments), explain_options(arguments)
-    chosen, target = layers(arguments), getattr(arguments, "target", None)
-    model, tokenizer = loaded(arguments)
-    check_options(model, tokenizer, arguments.method, chosen, options)
-    fields["answers"] = task_of(model).name == QA
-    prompt = requested_input(tokenizer, by=arguments.by, roles=arguments.roles, **fields)
+    output, fields = take(arguments, OUTPUT_OPTIONS), _input_fields(arguments)
+    seed = arguments.pop("seed", None)
+    model, tokenizer = load(arguments)
+
+    from captum_llm_ext.explaining import check_options, explain
+    from captum_llm_ext.inputs.prompts import requested_input
+    from captum_llm_ext.model.adapter import QA
+    from captum_llm_ext.model.random_state import seeded
+    from captum_llm_ext.scoring.tasks import task_of
+
+    options = explain_keywords(arguments)
+    target, method = options.pop("target", None), options.pop("method")
+    layers = options.pop("layers", None)
+    check_options(model, tokenizer, method, layers, options)
+    prompt = requested_input(tokenizer, answers=task_of(model).name == QA, **fields)
     options["show_progress"] = sys.stderr.isatty()
-    with seeded(arguments.seed) if hasattr(arguments, "seed") else nullcontext():
-        result = explain(model, tokenizer, prompt, target, arguments.method, chosen, **options)
-    show(result, arguments)
+    with nullcontext() if seed is None else seeded(seed):
+        result = explain(model, tokenizer, prompt, target, method, layers, **options)
+    show(result, output)
 
 
-def _fields(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What the prompt is, as `requested_input` takes it."""
-    if not hasattr(arguments, "values"):
-        if arguments.chat:
-            return {"messages": [{"role": "user", "content": arguments.prompt}]}
-        return {"prompt": arguments.prompt, **given(arguments, ("context",))}
-    if arguments.chat:
+def _input_fields(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The prompt and its features, as keywords of `requested_input`."""
+    fields = take(arguments, ("by", "roles", "context"))
+    prompt, chat = arguments.pop("prompt"), arguments.pop("chat")
+    if "values" not in arguments:
+        if chat:
+            return fields | {"messages": [{"role": "user", "content": prompt}]}
+        return fields | {"prompt": prompt}
+    if chat:
         raise ValueError("--chat and --values exclude each other")
-    fields = {"template": arguments.prompt, "values": _values(arguments.prompt, arguments.values)}
-    if hasattr(arguments, "baselines"):
-        texts = [str(baseline) for baseline in arguments.baselines]
-        fields["baselines"] = _values(arguments.prompt, texts)
-    return fields
+    texts = take(arguments, ("values", "baselines"))
+    values = {name: _template_values(prompt, list(map(str, texts[name]))) for name in texts}
+    return {**fields, "template": prompt, **values}
 
 
-def _values(template: str, texts: list[str]) -> list[str] | dict[str, str]:
-    """The values of a template's fields: by name where these have names."""
+def _template_values(template: str, texts: list[str]) -> list[str] | dict[str, str]:
+    """The values of a template's fields, by name where the fields have names."""
     if not any(name for _, name, _, _ in Formatter().parse(template)):
         return texts
     pairs = [text.partition("=") for text in texts]

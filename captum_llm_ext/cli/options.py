@@ -1,97 +1,71 @@
-"""What the parsed arguments mean to `load_model`, `explain` and `batch`."""
+"""Turn the parsed arguments into keywords of `load_model`, `explain` and `batch`.
+
+Each function takes the arguments that it reads out of the dict. What remains is for `explain`.
+"""
 
 from __future__ import annotations
 
-import argparse
+from collections.abc import Iterable
 from typing import Any
 
-import torch
-
-from captum_llm_ext.batches.processes import this_process
-from captum_llm_ext.explaining import Layers
-from captum_llm_ext.model.adapter import CAUSAL
-from captum_llm_ext.model.loading import load_demo_model, load_model
-
 LOAD_OPTIONS = ("task", "quantization", "dtype", "device_map")
-# Those of `explain` that are on the command line as they are, in the namespace where given.
-EXPLAIN_OPTIONS = (
-    "attr_target",
-    "attribute_to_layer_input",
-    "contrast_target",
-    "forward_mode",
-    "heads",
-    "include_generated",
-    "include_hidden_attr",
-    "include_per_token_attr",
-    "include_prompt_attention",
-    "internal_batch_size",
-    "layer_mode",
-    "max_evaluations",
-    "n_samples",
-    "n_steps",
-    "norm",
-    "num_trials",
-    "quadrature",
-    "reduction",
-    "reuse_prefix",
-    "stdevs",
-    "tol",
-)
 
 
-def loaded(arguments: argparse.Namespace) -> tuple[Any, Any]:
-    """The model and the tokenizer."""
-    options = given(arguments, LOAD_OPTIONS)
-    if not hasattr(arguments, "model"):
-        if options.get("task") == CAUSAL:  # which it is
-            del options["task"]
-        if options:
-            if "task" in options:
-                raise ValueError(
-                    f"--task {options['task']} needs a --model: the demo model is causal"
-                )
-            names = ", ".join(f"--{name.replace('_', '-')}" for name in options)
-            raise ValueError(f"{names}: of a model that --model names, not of the demo model")
+def take(arguments: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Take these arguments out of the dict, those that are there."""
+    return {name: arguments.pop(name) for name in names if name in arguments}
+
+
+def load(arguments: dict[str, Any]) -> tuple[Any, Any]:
+    """The model and its tokenizer; the demo model where no --model is named."""
+    name, options = arguments.pop("model", None), take(arguments, LOAD_OPTIONS)
+    if name is None:
+        _check_demo_model(options)
+    from captum_llm_ext.model.loading import load_demo_model, load_model
+
+    if name is None:
         return load_demo_model()
     device = _device_of_process()
     if device is not None:
         options.setdefault("device_map", device)
-    return load_model(arguments.model, **options)
+    return load_model(name, **options)
 
 
-def layers(arguments: argparse.Namespace) -> Layers | None:
-    """Layers as `explain` takes them: one alone gives the result of one."""
-    found: list[str] | None = getattr(arguments, "layers", None)
-    return found[0] if found is not None and len(found) == 1 else found
+def explain_keywords(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments as keywords of `explain`, of which `batch` has all too."""
+    keywords = dict(arguments)
+    for name in ("layers", "baselines"):
+        values = keywords.get(name, ())
+        if len(values) == 1:  # a list, even of one, gives a result of several layers
+            keywords[name] = values[0]
+    gen_args = dict(keywords.pop("gen_args", ()))
+    if "max_new_tokens" in keywords:
+        gen_args = {"max_new_tokens": keywords.pop("max_new_tokens"), **gen_args}
+    if gen_args:
+        keywords["gen_args"] = {"do_sample": False, **gen_args}
+    if "autocast" in keywords:
+        import torch
+
+        keywords["dtype"] = getattr(torch, keywords.pop("autocast"))
+    return keywords
 
 
-def explain_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The keywords of `explain`, those that were given."""
-    options = given(arguments, EXPLAIN_OPTIONS)
-    if hasattr(arguments, "baselines") and not hasattr(arguments, "values"):
-        several = arguments.baselines
-        options["baselines"] = several[0] if len(several) == 1 else several
-    if hasattr(arguments, "autocast"):
-        options["dtype"] = getattr(torch, arguments.autocast)
-    if gen_args := _gen_args(arguments):
-        options["gen_args"] = gen_args
-    return options
-
-
-def given(arguments: argparse.Namespace, names: tuple[str, ...]) -> dict[str, Any]:
-    return {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
-
-
-def _gen_args(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Greedy unless said otherwise."""
-    named = dict(getattr(arguments, "gen_args", ()))
-    if hasattr(arguments, "max_new_tokens"):
-        named.setdefault("max_new_tokens", arguments.max_new_tokens)
-    return {"do_sample": False} | named if named else {}
+def _check_demo_model(options: dict[str, Any]) -> None:
+    """Refuse options of loading, which the demo model does not take."""
+    task = options.pop("task", "causal")
+    if task != "causal":
+        raise ValueError(f"--task {task} needs a --model: the demo model is causal")
+    if options:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in options)
+        raise ValueError(f"{names}: only for a model that --model names, not for the demo model")
 
 
 def _device_of_process() -> dict[str, str] | None:
-    """Of several processes each takes a GPU of its own, where its machine has any."""
+    """The GPU of this process, where there are several processes and the machine has GPUs."""
+    import torch
+
+    from captum_llm_ext.batches.processes import this_process
+
     process = this_process()
     if process.count == 1 or not torch.cuda.is_available():
         return None

@@ -1,19 +1,14 @@
-"""Where a result goes: the terminal, and files by their ending."""
+"""Where a result goes: the terminal, and files by the ending of their names."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from captum_llm_ext.display import short_layer_names
-from captum_llm_ext.inputs.token_text import readable_token
-from captum_llm_ext.results import LLMAttributionResult, LLMLayerAttributionResult
-
+OUTPUT_OPTIONS = ("out", "plot", "merge", "long", "color")
 PICTURE_DPI = 100
 STRONGEST_TOKENS = 3
 
@@ -26,15 +21,16 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
         type=_file,
         default=[],
         metavar="FILE",
-        help=f"write files too, by their ending: {', '.join(OUTPUTS)}",
+        help=f"also write these files, by their endings: {', '.join(OUTPUTS)}",
     )
     add(
         "--plot",
         choices=PLOTS,
+        default=None,
         help="what a picture shows: attributions of the sequence, of each target token or of each "
-        "layer (default: the last of these that there is), or the score along the path",
+        "layer (default: the last of these that the result has), or the score along the path",
     )
-    add("--merge", choices=["word"], help="show words of several tokens as one")
+    add("--merge", choices=["word"], default=None, help="show words of several tokens as one")
     add("--long", action="store_true", default=False, help="one attribution per row of a .csv file")
     add(
         "--no-color",
@@ -45,23 +41,28 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def show(result: LLMAttributionResult, arguments: argparse.Namespace) -> None:
-    """Print the result, and write the files that were asked for."""
-    if hasattr(arguments, "merge"):
-        result = result.merge(arguments.merge)
-    if arguments.color:
+def show(result: Any, options: Mapping[str, Any]) -> None:
+    """Print the result, and write the files of --out. `options` holds all `OUTPUT_OPTIONS`."""
+    if options["merge"] is not None:
+        result = result.merge(options["merge"])
+    if options["color"]:
         result.print()
     else:
         print(result.to_text(color=False))
-    if isinstance(result, LLMLayerAttributionResult):
+    if _has_layers(result):
         print("\n".join(_layer_summary(result)))
-    for path in arguments.out:
-        OUTPUTS[path.suffix.lower()](result, path, arguments)
+    for path in options["out"]:
+        OUTPUTS[path.suffix.lower()](result, path, options)
         print(f"captum-llm-ext: wrote {path}", file=sys.stderr)
 
 
+def _has_layers(result: Any) -> bool:
+    """Whether it is an `LLMLayerAttributionResult`, without importing that class and torch."""
+    return hasattr(result, "layer_seq_attr")
+
+
 def _file(text: str) -> Path:
-    """Checked before any work is done, so that a long run does not end in a typing mistake."""
+    """A path that can be written: a mistake is told before the work, not after a long run."""
     path = Path(text)
     if path.suffix.lower() not in OUTPUTS:
         raise argparse.ArgumentTypeError(
@@ -72,38 +73,39 @@ def _file(text: str) -> Path:
     return path
 
 
-def _write_picture(result: Any, path: Path, arguments: argparse.Namespace) -> None:
-    figure, _ = PLOTS[getattr(arguments, "plot", _default_plot(result))](result)
+def _write_picture(result: Any, path: Path, options: Mapping[str, Any]) -> None:
+    most_detailed = "sequence" if result.token_attr is None else "token"
+    default = "layer" if _has_layers(result) else most_detailed
+    figure, _ = PLOTS[options["plot"] or default](result)
     figure.savefig(path, dpi=PICTURE_DPI, bbox_inches="tight")
 
 
-def _default_plot(result: LLMAttributionResult) -> str:
-    if isinstance(result, LLMLayerAttributionResult):
-        return "layer"
-    return "sequence" if result.token_attr is None else "token"
-
-
 def _plot_layers(result: Any) -> Any:
-    if not isinstance(result, LLMLayerAttributionResult):
-        raise ValueError("--plot layer: of a result of several layers, chosen with --layers")
+    if not _has_layers(result):
+        raise ValueError("--plot layer: only for a result of several layers (see --layers)")
     return result.plot_layer_attr()
 
 
-def _write_csv(result: Any, path: Path, arguments: argparse.Namespace) -> None:
-    result.to_dataframe(long=arguments.long).to_csv(path, index=not arguments.long)
+def _write_csv(result: Any, path: Path, options: Mapping[str, Any]) -> None:
+    result.to_dataframe(long=options["long"]).to_csv(path, index=not options["long"])
 
 
-def _write_arrays(result: Any, path: Path, _: argparse.Namespace) -> None:
+def _write_arrays(result: Any, path: Path, _: Mapping[str, Any]) -> None:
+    import numpy as np
+
     with path.open("wb") as file:
         np.savez(file, **result.to_numpy())
 
 
-def _write_text(result: Any, path: Path, _: argparse.Namespace) -> None:
+def _write_text(result: Any, path: Path, _: Mapping[str, Any]) -> None:
     path.write_text(result.to_text(color=False) + "\n", encoding="utf-8")
 
 
-def _layer_summary(result: LLMLayerAttributionResult) -> list[str]:
+def _layer_summary(result: Any) -> list[str]:
     """One line per layer: its strongest tokens, each with its share of the layer's total."""
+    from captum_llm_ext.display.names import short_layer_names
+    from captum_llm_ext.inputs.token_text import readable_token
+
     names = short_layer_names(result.layer_names)
     tokens = [readable_token(token).strip() for token in result.input_tokens]
     width = max(len(name) for name in names)
@@ -123,7 +125,7 @@ PLOTS: dict[str, Callable[[Any], Any]] = {
     "layer": _plot_layers,
     "path": lambda result: result.plot_path(),
 }
-OUTPUTS: dict[str, Callable[[Any, Path, argparse.Namespace], object]] = {
+OUTPUTS: dict[str, Callable[[Any, Path, Mapping[str, Any]], object]] = {
     ".png": _write_picture,
     ".pdf": _write_picture,
     ".svg": _write_picture,

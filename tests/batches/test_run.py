@@ -232,7 +232,7 @@ def test_a_finished_batch_is_left_alone(tmp_path):
 def test_a_file_of_another_origin_is_not_overwritten(tmp_path):
     out = tmp_path / "results.jsonl"
     out.write_text("mine")
-    with pytest.raises(ValueError, match="exists and is of no batch"):
+    with pytest.raises(ValueError, match="exists and is not from a batch"):
         run(["Palm Coast"], out)
     assert out.read_text() == "mine"
 
