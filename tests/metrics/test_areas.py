@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from captum_llm_ext import (
     FeatureAblation,
@@ -24,10 +23,11 @@ from tests.metrics.cases import (
     judged,
     tokens,
 )
-from tests.models.families import CausalToy, LinearToy, tiny_model, tiny_tokenizer
+from tests.models.families import LinearToy, tiny_model, tiny_tokenizer
 from tests.oracles.cases import target_ids
 from tests.perturbations.cases import (
     SHORT,
+    CountingToy,
     filled_template,
     game,
     replaced_tokens,
@@ -154,18 +154,8 @@ def test_one_feature_and_one_random_order() -> None:
 # --- cost and randomness -------------------------------------------------------------------------
 
 
-class Counting(CausalToy):
-    def __init__(self) -> None:
-        super().__init__()
-        self.rows: list[tuple[int, ...]] = []
-
-    def forward(self, ids: Tensor) -> Any:
-        self.rows += [tuple(row) for row in ids.tolist()]
-        return super().forward(ids)
-
-
 def test_each_distinct_prompt_is_scored_once() -> None:
-    model, inp = Counting(), tokens()[0]
+    model, inp = CountingToy(), tokens()[0]
     found = judged(model, inp, ATTRIBUTIONS[:5], n_random=6, target=target_ids(1))
     prompts = [row for row in model.rows if len(row) == 5]
     assert len(found.random) == 6

@@ -23,6 +23,13 @@ from tests.metrics.cases import (
 from tests.models.families import tiny_model, tiny_tokenizer
 from tests.oracles.cases import target_ids
 
+
+def test_another_target_is_refused() -> None:
+    result = result_of(tokens()[0], ATTRIBUTIONS[:5], target_ids(2))
+    with pytest.raises(ValueError, match="pass the target that was attributed"):
+        faithfulness(tiny_model("llama"), tiny_tokenizer(), result, target_ids(1))
+
+
 # --- pictures ------------------------------------------------------------------------------------
 
 

@@ -40,6 +40,12 @@ from tests.perturbations.cases import (
 )
 
 
+def test_deletion_and_insertion_of_one_prompt() -> None:
+    model, (inp, prompt_of, _) = tiny_model("llama"), tokens()
+    found = judged(model, inp, [3.0, 1.0, 2.0, 5.0, 4.0])
+    assert_curves(found, game(model, prompt_of, target_ids(2)), [3, 4, 0, 2, 1])
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "falcon"])
 def test_curves_by_plain_forwards(family: str, kind: str) -> None:

@@ -69,6 +69,11 @@ def reference(family: str, kind: str, method: str) -> Tensor:
     return rows(captums(method, tiny_model(family), LONG[kind](), target=target_ids(4)))
 
 
+def test_ablation_costs_a_row_for_each_feature() -> None:
+    """The probe has two rows, the whole prompt one."""
+    assert work_of("feature_ablation", token_input("Dave lives")).rows == 2 + 1 + 4
+
+
 def test_the_prompts_are_long() -> None:
     for kind, make in LONG.items():
         inp = make()

@@ -46,6 +46,15 @@ def assert_rows_close(result: Any, expected: Tensor, tolerance: float = 1e-4) ->
         assert (found[part] - expected[part]).abs().max() <= tolerance * largest
 
 
+def test_ablation_is_what_log_p_loses() -> None:
+    model, (make, count) = tiny_model("llama"), ENTRIES["token"]
+    value = truth("token", model, target_ids(1))
+    whole = frozenset(range(count))
+    expected = [float(value(whole)[0] - value(whole - {i})[0]) for i in range(count)]
+    result = ours("feature_ablation", model, make(), target=target_ids(1))
+    assert result.seq_attr.tolist() == pytest.approx(expected, abs=1e-4)
+
+
 # --- scores --------------------------------------------------------------------------------------
 
 

@@ -168,6 +168,11 @@ MISTAKES: dict[str, tuple[Callable[[], Any], list[str]]] = {
 }
 
 
+def test_no_trial_is_refused() -> None:
+    with pytest.raises(ValueError, match="num_trials must be an int of at least 1, got 0"):
+        attribute(num_trials=0)
+
+
 @pytest.mark.parametrize("name", MISTAKES)
 def test_mistake_is_named(name: str) -> None:
     call, expected = MISTAKES[name]

@@ -84,6 +84,12 @@ OTHER_MODELS = [
 ]
 
 
+def test_a_model_that_takes_one_row() -> None:
+    model, (make, count) = OneRowOnly(), ENTRIES["token"]
+    expected = ablation(truth("token", model, target_ids(2)), count)
+    assert_close(rows(ours("feature_ablation", model, make(), target=target_ids(2))), expected)
+
+
 @pytest.mark.parametrize(
     ("method", "kind"),
     [

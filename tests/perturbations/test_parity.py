@@ -38,6 +38,12 @@ GRID = list(
 )
 
 
+def test_ablation_of_one_template_equals_captums() -> None:
+    model, inp = tiny_model("llama"), template_input("{} lives in {}", VALUES[:2])
+    expected = captums("feature_ablation", model, inp, target=target_ids(2))
+    assert_close(rows(ours("feature_ablation", model, inp, target=target_ids(2))), rows(expected))
+
+
 def test_the_grid_holds_every_pair_of_values() -> None:
     assert len({(family, method) for family, method, *_ in GRID}) == len(FAMILIES) * len(METHODS)
     assert len({(family, kind) for family, _, kind, _ in GRID}) == len(FAMILIES) * len(INPUTS)

@@ -42,6 +42,13 @@ def direct_score(model: nn.Module, prompt: Tensor, target: Tensor) -> Tensor:
     return logits.float().log_softmax(-1)[torch.arange(len(target)), target]
 
 
+def test_a_quantised_model_has_every_row() -> None:
+    wrapper = LLMAttribution(FeatureAblation(Pair("nf4", ran=True).model), tiny_tokenizer())
+    result = wrapper.attribute(prompt_input(), target=target_ids(2))
+    assert result.token_attr.shape == (2, prompt_input().inp_tensor.size(1))
+    assert result.seq_attr.abs().max() > 0
+
+
 @pytest.mark.parametrize("kind", ["nf4", "nf4 double", "fp4", "int8"])
 def test_ablation_equals_direct_computation(kind: str) -> None:
     model, target = Pair(kind, ran=True).model, target_ids(3)

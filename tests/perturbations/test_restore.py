@@ -36,6 +36,13 @@ def attribute(inp: Any = None, method: str = "feature_ablation", /, **kwargs: An
     return ours(method, model, inp or INPUTS["template_list"](), **kwargs)
 
 
+def test_the_model_comes_back_as_it_was() -> None:
+    model = prepared()
+    before = state(model)
+    attribute(model=model)
+    assert state(model) == before
+
+
 @pytest.mark.parametrize("kind", ["token", "template_list", "image"])
 @pytest.mark.parametrize("method", METHODS)
 def test_state_after_success(method: str, kind: str) -> None:

@@ -47,6 +47,11 @@ def inspected(wrapper: Any, method: str, inp: Any, **kwargs: Any) -> list[Call]:
     return calls
 
 
+def test_one_line_for_each_prompt_of_an_ablation() -> None:
+    calls = inspected(ours, "feature_ablation", template_input("{} lives", ["Dave"], ["He"]))
+    assert [call[0] for call in calls] == ["<s>Dave lives", "<s>He lives"]
+
+
 @pytest.mark.parametrize("perturbations_per_eval", [1, 3, 100])
 @pytest.mark.parametrize("method", ["feature_ablation", "shapley_sampling", "shapley"])
 @pytest.mark.parametrize("kind", ["token", "template_list"])

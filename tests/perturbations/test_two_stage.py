@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,11 +11,12 @@ from captum.attr import FeatureAblation
 from torch import Tensor, nn
 
 from captum_llm_ext import LLMAttribution, TextTemplateInput, TwoStageAblation, explain
-from tests.models.families import CausalToy, LinearToy, tiny_model, tiny_tokenizer
+from tests.models.families import LinearToy, tiny_model, tiny_tokenizer
 from tests.oracles.cases import assert_close, target_ids
 from tests.perturbations.cases import (
     ENTRIES,
     Coalition,
+    CountingToy,
     Game,
     game,
     image_input,
@@ -55,6 +55,15 @@ def some_function(x: Tensor) -> Tensor:
 
 def numbers(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.double)
+
+
+def test_a_second_that_makes_up_for_the_first_is_seen() -> None:
+    """Either of two features suffices: ablation gives both nothing, here the first one counts."""
+    either = lambda x: torch.maximum(x[:, 0], x[:, 7]) + 0.1 * x[:, 1:7].sum(1)  # noqa: E731
+    x = torch.ones(1, 8)
+    assert FeatureAblation(either).attribute(x)[0, [0, 7]].abs().max() == 0
+    found: Any = TwoStageAblation(either).attribute(x)
+    assert found[0, 0] == pytest.approx(0.5)
 
 
 # --- the method as one of Captum's ---------------------------------------------------------------
@@ -155,15 +164,6 @@ def test_it_costs_twice_what_ablation_costs(n_features: int) -> None:
     assert asked["two_stage"] == 2 * asked["ablation"]
 
 
-def test_a_second_that_makes_up_for_the_first_is_seen() -> None:
-    """Either of two features suffices: ablation gives both nothing, here the first one counts."""
-    either = lambda x: torch.maximum(x[:, 0], x[:, 7]) + 0.1 * x[:, 1:7].sum(1)  # noqa: E731
-    x = torch.ones(1, 8)
-    assert FeatureAblation(either).attribute(x)[0, [0, 7]].abs().max() == 0
-    found: Any = TwoStageAblation(either).attribute(x)
-    assert found[0, 0] == pytest.approx(0.5)
-
-
 # --- through LLMAttribution ----------------------------------------------------------------------
 
 
@@ -182,20 +182,8 @@ def test_of_language_models_by_definition(family: str, entry: str, attr_target: 
         assert (found[part] - expected[part]).abs().max() <= 2e-4 * largest
 
 
-class Counting(CausalToy):
-    def __init__(self) -> None:
-        super().__init__()
-        self.rows: list[tuple[int, ...]] = []
-        self.calls = 0
-
-    def forward(self, ids: Tensor) -> SimpleNamespace:
-        self.calls += 1
-        self.rows += [tuple(row) for row in ids.tolist()]
-        return super().forward(ids)
-
-
 def test_each_stage_is_one_batch_and_no_prompt_is_scored_twice() -> None:
-    model, inp = Counting(), token_input(TEXT, baselines=7)
+    model, inp = CountingToy(), token_input(TEXT, baselines=7)
     count = inp.n_itp_features
     assert count == 8
     LLMAttribution(TwoStageAblation(model), tiny_tokenizer()).attribute(inp, target_ids(1))
