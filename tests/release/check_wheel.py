@@ -25,7 +25,7 @@ def check(wheel: Path, folder: Path) -> None:
     print("== the types that its users see", flush=True)
     environment.install("mypy")
     user = folder / "user.py"
-    user.write_text((ROOT / "tests" / "typed_use.py").read_text())
+    user.write_text((ROOT / "tests" / "release" / "typed_use.py").read_text())
     environment.run("mypy", "--strict", user.name, cwd=folder)
     print("== README", flush=True)
     environment.install(f"{wheel}[demo,export]")
