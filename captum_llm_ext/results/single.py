@@ -160,9 +160,9 @@ class LLMAttributionResult(DisplayMixin, ExportMixin, CaptumLLMAttributionResult
 
         Args:
             spans: "word" (default) for words, which are runs of letters and digits without a
-                space inside; or spans (start, stop) of input tokens. Other tokens stay as they
-                are: punctuation, scripts without spaces, tokens outside all spans. "word" also
-                leaves features that are not tokens, such as the values of a template.
+                space inside; or spans (start, stop) of input tokens. Tokens outside them do not
+                change, nor do tokens of punctuation or of scripts without spaces. "word" does not
+                change features that are not tokens, such as the values of a template.
 
         Returns:
             A result with the words as `input_tokens` and without `inp`; scores and convergence
