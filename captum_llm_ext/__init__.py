@@ -7,7 +7,7 @@ Public names are imported when they are first used (PEP 562), so that the comman
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from captum_llm_ext._version import __version__
+from captum_llm_ext._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from captum.attr import (
@@ -103,7 +103,6 @@ __all__ = [
     "TextTemplateInput",
     "TextTokenInput",
     "TwoStageAblation",
-    "__version__",
     "batch",
     "chat_input",
     "compare_methods",

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from captum._utils.common import (
     _expand_additional_forward_args,
     _expand_target,
@@ -48,9 +50,14 @@ from captum.attr._utils.interpretable_input import (
 from captum.attr._utils.interpretable_input import (
     TextTokenInput as CaptumTextTokenInput,
 )
+from transformers import AttentionInterface
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
+# Name of an attention implementation → its kernel, for every model that has no kernel of its own.
+ATTENTION_KERNELS: dict[str, Any] = AttentionInterface._global_mapping
+
 __all__ = [
+    "ATTENTION_KERNELS",
     "DEFAULT_GEN_ARGS",
     "FIXED_RULES",
     "Attribution",

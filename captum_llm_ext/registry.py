@@ -65,7 +65,9 @@ WRAPPERS: dict[str, Wrapper] = {
     ),
     PERTURBATION: Wrapper("captum_llm_ext.perturbations.wrapper:LLMAttribution", has_layers=False),
     ATTENTION: Wrapper(
-        "captum_llm_ext.attention.wrapper:LLMAttentionAttribution", ("heads", "reduction")
+        "captum_llm_ext.attention.wrapper:LLMAttentionAttribution",
+        ("heads", "reduction"),
+        sequence_only={"include_per_token_attr": False},
     ),
 }
 
@@ -130,6 +132,20 @@ METHODS: dict[str, Method] = {
         "attention weights",
         takes_baselines=False,
     ),
+    "flow": Method(
+        "captum_llm_ext.attention.wrapper:LLMAttentionAttribution",
+        ATTENTION,
+        "information flow routes, in one pass",
+        fixed={"reduction": "flow"},
+        takes_baselines=False,
+    ),
+    "flow_rollout": Method(
+        "captum_llm_ext.attention.wrapper:LLMAttentionAttribution",
+        ATTENTION,
+        "information flow, multiplied through the layers",
+        fixed={"reduction": "flow_rollout"},
+        takes_baselines=False,
+    ),
 }
 
 # The values of each option that takes one of a few. The modules that implement them import torch,
@@ -148,7 +164,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
         "gausslegendre",
     ),
     "quantization": ("nf4", "int8"),
-    "reduction": ("mean", "max", "rollout", "value_norm"),
+    "reduction": ("mean", "max", "rollout", "value_norm", "flow", "flow_rollout"),
     "task": ("causal", "seq2seq", "qa"),
 }
 

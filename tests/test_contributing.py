@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_llm_ext import TextTemplateInput, explain
-from captum_llm_ext.attention.maps import LAYER_MAPS, ByFeature, LayerAttention
+from captum_llm_ext.attention.maps import REDUCTIONS, ByFeature, LayerAttention, Reduction
 from captum_llm_ext.cli.entry import main
 from captum_llm_ext.display.figures import label_style, open_figure
 from captum_llm_ext.inputs.baselines import EMBEDDING_BASELINES
@@ -152,7 +152,7 @@ def test_a_reduction_of_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     def least(layers: Sequence[LayerAttention], by_feature: ByFeature) -> list[Tensor]:
         return [by_feature(layer.targets).amin(0) for layer in layers]
 
-    monkeypatch.setitem(LAYER_MAPS, "min", least)
+    monkeypatch.setitem(REDUCTIONS, "min", Reduction(least))
     monkeypatch.setitem(OVER_LAYERS, "min", lambda values: values.amin(0))
     request = {"method": "attention", "reduction": "min", "target": target_ids(3)}
     result: Any = explain(tiny_model("llama"), tiny_tokenizer(), PROMPT, **request)

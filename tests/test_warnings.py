@@ -40,7 +40,7 @@ def with_dropout() -> Any:
 
 CASES: dict[str, Callable[[], Any]] = {
     "have not converged": lambda: gradients(tiny_model("llama"), "model.embed_tokens", n_steps=2),
-    "max_rows": lambda: gradients(
+    "max_evaluations": lambda: gradients(
         tiny_model("llama"), "model.embed_tokens", method="adaptive", tol=1e-9, max_rows=30
     ),
     "is not causal": lambda: ablation(BidirectionalToy()),

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,17 +19,31 @@ EAGER = "eager"
 
 
 @dataclass(frozen=True, eq=False)
-class AttentionCall:
-    """One run of an attention module.
+class WeightedHeads:
+    """The attention of one module, from the weights that it returned.
 
-    block: index of the decoder block that holds it; weights: (n_heads, length, length), query by
-    key; inputs: each submodule that ran, with its input (1, length, width).
+    all_weights: (n_heads, length, length), query by key; cached: (n_heads, length, head_dim) or
+    None, where they are not needed.
     """
 
-    block: int
     module: nn.Module
-    weights: Tensor
-    inputs: list[tuple[nn.Module, Tensor]]
+    all_weights: Tensor
+    cached: Tensor | None
+
+    @property
+    def values(self) -> Tensor:
+        if self.cached is None:
+            raise ValueError("the values of this attention were not kept")
+        return self.cached
+
+    @property
+    def mixed(self) -> Tensor:
+        """(length, n_heads, head_dim) the weighted values."""
+        return (self.all_weights.float() @ self.values).transpose(0, 1)
+
+    def weights(self, rows: Tensor) -> Tensor:
+        """(n_heads, n_rows, length) the rows of these queries."""
+        return self.all_weights[:, rows.to(self.all_weights.device)].float()
 
 
 def configs(model: nn.Module) -> list[PreTrainedConfig]:
@@ -60,47 +75,30 @@ def eager_attention(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def reading_attention(
+def reading_weights(
     blocks: Sequence[nn.Module],
     length: int,
-    receive: Callable[[AttentionCall], None],
-    with_inputs: bool = False,
+    values_of: Callable[[int, nn.Module, int], Tensor | None],
+    receive: Callable[[WeightedHeads], None],
 ) -> Iterator[None]:
     """Hand the attention of every block over `length` tokens to `receive` while one row runs.
 
     The attention module of a block is the innermost module that returns weights of that shape.
-    Nothing is kept, since the weights of all layers together may not fit in memory.
+    values_of: from block, module and number of heads to the values, or None.
     """
     attention_of: dict[int, nn.Module] = {}  # by index of the block
-    inputs: dict[nn.Module, Tensor] = {}
 
-    def hand_on(block: int) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            shape = (length, length)
-            weights = next((w for w in possible_weights(output) if w.shape[-2:] == shape), None)
-            if weights is None or attention_of.get(block, module) is not module:
-                return
-            if block in attention_of:
-                raise ValueError(
-                    f"block {block} runs more than once in a forward pass, so its attention is "
-                    "not defined: choose other layers"
-                )
-            attention_of[block] = module
-            parts = [(part, inputs[part]) for part in module.children() if part in inputs]
-            inputs.clear()
-            receive(AttentionCall(block, module, weights[0], parts))
-
-        return hook
-
-    def keep_input(module: nn.Module, args: tuple[Any, ...]) -> None:
-        if args and isinstance(args[0], Tensor):
-            inputs[module] = args[0]
+    def hand_on(block: int, module: nn.Module, args: Any, output: Any) -> None:
+        shape = (length, length)
+        weights = next((w for w in possible_weights(output) if w.shape[-2:] == shape), None)
+        if weights is None or attention_of.setdefault(block, module) is not module:
+            return
+        values = values_of(block, module, weights.size(1))
+        receive(WeightedHeads(module, weights[0], values))
 
     with ExitStack() as stack:
         for block, module in ((i, m) for i, b in enumerate(blocks) for m in b.modules()):
-            stack.callback(module.register_forward_hook(hand_on(block)).remove)
-            if with_inputs:
-                stack.callback(module.register_forward_pre_hook(keep_input).remove)
+            stack.callback(module.register_forward_hook(partial(hand_on, block)).remove)
         yield
 
 

@@ -1,6 +1,6 @@
 """Reduce the attention of all heads to one map per layer, target tokens by features.
 
-A new reduction is one function here, and its name in `LAYER_MAPS`, in `OVER_LAYERS` of
+A new reduction is one function here, and its name in `REDUCTIONS`, in `OVER_LAYERS` of
 `results/attention.py`, and in `CHOICES` of `registry.py`.
 """
 
@@ -18,12 +18,14 @@ ByFeature = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class LayerAttention:
-    """The attention of the selected heads of one layer.
+    """The attention of the selected heads of one layer, and what a reduction needs besides.
 
     targets: (n_heads, n_output, length), the rows of the positions that predict the target tokens;
-    prompt: (n_heads, n_prompt, n_prompt) or None; mean: (length, length), the mean over heads that
-    rollout needs, or None; norms: (n_heads, length), the norms of the values that value_norm
-    needs, or None.
+    prompt: (n_heads, n_prompt, n_prompt) or None; mean: (length, length), the mean over heads, for
+    rollout; norms: (n_heads, length), the norms of the values, for value_norm; flow: (n_output,
+    length) or None, and span_flow: (length,), the shares of each target row and of all of them
+    together, for flow; transitions: (length, length), the shares in every position, for
+    flow_rollout.
     """
 
     name: str
@@ -31,17 +33,38 @@ class LayerAttention:
     prompt: Tensor | None = None
     mean: Tensor | None = None
     norms: Tensor | None = None
+    flow: Tensor | None = None
+    span_flow: Tensor | None = None
+    transitions: Tensor | None = None
 
 
-def _mean(layers: Sequence[LayerAttention], by_feature: ByFeature) -> list[Tensor]:
+Layers = Sequence[LayerAttention]
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """How the heads of each layer become one map.
+
+    layer_maps: (n_output, n_input) for each layer, from what was read and a function that sums
+    positions to features; needs: the fields of `LayerAttention` that it reads besides `targets`;
+    span_maps: (n_input,) for each layer and the whole target, where that is not the mean over its
+    tokens.
+    """
+
+    layer_maps: Callable[[Layers, ByFeature], list[Tensor]]
+    needs: str | None = None
+    span_maps: Callable[[Layers, ByFeature], list[Tensor]] | None = None
+
+
+def _mean(layers: Layers, by_feature: ByFeature) -> list[Tensor]:
     return [by_feature(layer.targets).mean(0) for layer in layers]
 
 
-def _max(layers: Sequence[LayerAttention], by_feature: ByFeature) -> list[Tensor]:
+def _max(layers: Layers, by_feature: ByFeature) -> list[Tensor]:
     return [by_feature(layer.targets).amax(0) for layer in layers]
 
 
-def _value_norm(layers: Sequence[LayerAttention], by_feature: ByFeature) -> list[Tensor]:
+def _value_norm(layers: Layers, by_feature: ByFeature) -> list[Tensor]:
     return [
         by_feature(layer.targets * layer.norms[:, None]).mean(0)
         for layer in layers
@@ -49,17 +72,43 @@ def _value_norm(layers: Sequence[LayerAttention], by_feature: ByFeature) -> list
     ]
 
 
-def _rollout(layers: Sequence[LayerAttention], by_feature: ByFeature) -> list[Tensor]:
+def _rollout(layers: Layers, by_feature: ByFeature) -> list[Tensor]:
     means = [layer.mean for layer in layers if layer.mean is not None]
     n_output = layers[0].targets.size(1)
     return [by_feature(rolled[-n_output:]) for rolled in rollouts(means)]
 
 
-LAYER_MAPS: dict[str, Callable[[Sequence[LayerAttention], ByFeature], list[Tensor]]] = {
-    "mean": _mean,
-    "max": _max,
-    "rollout": _rollout,
-    "value_norm": _value_norm,
+def _flow(layers: Layers, by_feature: ByFeature) -> list[Tensor]:
+    return [by_feature(layer.flow) for layer in layers if layer.flow is not None]
+
+
+def _span_flow(layers: Layers, by_feature: ByFeature) -> list[Tensor]:
+    return [by_feature(layer.span_flow) for layer in layers if layer.span_flow is not None]
+
+
+def _flow_rollout(layers: Layers, by_feature: ByFeature) -> list[Tensor]:
+    n_output = layers[0].targets.size(1)
+    return [by_feature(rolled[-n_output:]) for rolled in _rolled(layers)]
+
+
+def _span_flow_rollout(layers: Layers, by_feature: ByFeature) -> list[Tensor]:
+    n_output = layers[0].targets.size(1)
+    return [by_feature(rolled[-n_output:].mean(0)) for rolled in _rolled(layers)]
+
+
+def _rolled(layers: Layers) -> list[Tensor]:
+    """The transitions up to each layer, multiplied."""
+    steps = [layer.transitions for layer in layers if layer.transitions is not None]
+    return list(accumulate(steps, lambda below, step: step @ below))
+
+
+REDUCTIONS: dict[str, Reduction] = {
+    "mean": Reduction(_mean),
+    "max": Reduction(_max),
+    "rollout": Reduction(_rollout, "mean"),
+    "value_norm": Reduction(_value_norm, "norms"),
+    "flow": Reduction(_flow, "flow", _span_flow),
+    "flow_rollout": Reduction(_flow_rollout, "transitions", _span_flow_rollout),
 }
 
 

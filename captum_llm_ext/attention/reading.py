@@ -1,22 +1,28 @@
-"""One teacher-forced pass that keeps the attention of the selected layers and heads."""
+"""One teacher-forced pass that keeps the attention of the selected layers and heads.
+
+There are two ways to read it. Where a model hands queries, keys and values to a kernel
+(`interface.py`), its kernel stays and the rows of the target are computed anew. Otherwise, and
+where every row is needed, the model runs with eager attention, which returns the weights.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from captum_llm_ext.attention.hooks import AttentionCall, eager_attention, reading_attention
+from captum_llm_ext.attention.block_flow import BlockRun, Heads, RunsTwiceError, running_blocks
+from captum_llm_ext.attention.hooks import eager_attention, reading_weights
+from captum_llm_ext.attention.interface import reading_heads
 from captum_llm_ext.attention.maps import LayerAttention
-from captum_llm_ext.attention.value_norms import value_norms, whole_cache
+from captum_llm_ext.attention.values import cached_values, whole_cache
 from captum_llm_ext.model.hooks import without_checkpointing
 from captum_llm_ext.model.layers import decoder_blocks
 from captum_llm_ext.scoring.checks import check_finite
-from captum_llm_ext.scoring.teacher_forcing import TeacherForcing
+from captum_llm_ext.scoring.teacher_forcing import Pass, TeacherForcing
 
 
 @dataclass(frozen=True)
@@ -24,25 +30,38 @@ class Selection:
     """The layers and heads whose attention is kept, and what is kept of each layer.
 
     layers: the modules in each layer, by the name that the caller used, or None for every layer;
-    heads: indices, or None for all; prompt: keep the attention among the prompt's tokens; mean:
-    keep the mean over heads at every position; norms: keep the norms of the values.
+    heads: indices, or None for all; prompt: keep the attention among the prompt's tokens; needs:
+    the field of `LayerAttention` that the reduction needs besides the target's weights, or None;
+    per_token: whether the target's tokens have rows of their own.
     """
 
     layers: Mapping[str, set[nn.Module]] | None = None
     heads: Sequence[int] | None = None
     prompt: bool = False
-    mean: bool = False
-    norms: bool = False
+    needs: str | None = None
+    per_token: bool = True
+
+    @property
+    def needs_every_row(self) -> bool:
+        return self.prompt or self.needs in ("mean", "transitions")
+
+    @property
+    def needs_values(self) -> bool:
+        return self.needs in ("norms", "flow", "transitions")
 
     def includes(self, module: nn.Module) -> bool:
         return self.layers is None or any(module in parts for parts in self.layers.values())
 
     def of_heads(self, name: str, values: Tensor, forcing: TeacherForcing) -> Tensor:
         """The selected heads of a layer's values (n_heads, …), in float32, beside the ids."""
-        heads = list(range(len(values)) if self.heads is None else self.heads)
-        if not all(head < len(values) for head in heads):
-            raise ValueError(f"heads must be in 0…{len(values) - 1}, as {name} has; got {heads}")
-        return values[heads].float().to(forcing.ids.device)
+        return values[self.head_indices(name, len(values))].float().to(forcing.ids.device)
+
+    def head_indices(self, name: str, n_heads: int) -> list[int]:
+        """The selected heads of a layer, which has so many."""
+        heads = list(range(n_heads) if self.heads is None else self.heads)
+        if not all(head < n_heads for head in heads):
+            raise ValueError(f"heads must be in 0…{n_heads - 1}, as {name} has; got {heads}")
+        return heads
 
     def check(self, model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
         """Refuse a model none of whose `modules` gave attention, and a layer that holds none."""
@@ -66,58 +85,114 @@ def read_attention(
 ) -> tuple[list[LayerAttention], Tensor]:
     """The attention of the selected layers, and log p (n_output,) of the target's tokens.
 
-    The weights of all layers together may not fit in memory, so each layer's weights are cut to
-    the selection while the model runs.
+    The weights of all layers together may not fit in memory, so each layer's are cut to the
+    selection while the model runs.
     """
-    model = forcing.model
-    names = {module: name for name, module in model.named_modules()}
-    modules: dict[str, nn.Module] = {}
-    layers: list[LayerAttention] = []
-    cache = whole_cache(model) if selection.norms else None
-
-    def receive(call: AttentionCall) -> None:
-        name = names[call.module]
-        modules[name] = call.module
-        if selection.includes(call.module):
-            _check_causal(model, name, call.weights)
-            norms = None if cache is None else value_norms(call, cache)
-            layers.append(_cut(name, call.weights, norms, forcing, selection))
-
-    # Some families return the weights of their modules only with this option.
-    options: dict[str, Any] = {"output_attentions": True}
-    if cache is not None:
-        options |= {"past_key_values": cache, "use_cache": True}
-    with ExitStack() as stack:
-        stack.enter_context(without_checkpointing(model))
-        stack.enter_context(eager_attention(model))
-        blocks, length = decoder_blocks(model), forcing.ids.size(1)
-        stack.enter_context(reading_attention(blocks, length, receive, selection.norms))
-        scored = forcing.run(forcing.ids, forcing.whole, **options)
+    reading = _Reading(forcing, selection)
+    with without_checkpointing(forcing.model):
+        scored = None
+        if not (selection.prompt or selection.needs == "mean"):
+            scored = reading.by_interface()
+        if scored is None:
+            scored = reading.by_weights()
     check_finite(scored)
-    selection.check(model, modules)
-    check_same_heads(layers)
-    return layers, scored.token_scores()[0]
+    selection.check(forcing.model, reading.modules)
+    check_same_heads(reading.layers)
+    return reading.layers, scored.token_scores()[0]
 
 
-def _cut(
-    name: str, weights: Tensor, norms: Tensor | None, forcing: TeacherForcing, selection: Selection
-) -> LayerAttention:
-    """The selection from the weights (n_heads, length, length) of one layer, in float32."""
-    n_prompt, n_output = forcing.row.n_prompt, len(forcing.target)
-    weights = selection.of_heads(name, weights, forcing)
-    return LayerAttention(
-        name=name,
-        targets=weights[:, -n_output:].clone(),
-        prompt=weights[:, :n_prompt, :n_prompt].clone() if selection.prompt else None,
-        mean=weights.mean(0) if selection.mean else None,
-        norms=None if norms is None else selection.of_heads(name, norms, forcing),
-    )
+class _Reading:
+    """What is read of each layer while the model runs: `layers`, and every attention module."""
+
+    def __init__(self, forcing: TeacherForcing, selection: Selection) -> None:
+        self.forcing, self.selection = forcing, selection
+        self.blocks = decoder_blocks(forcing.model)
+        self.names = {module: name for name, module in forcing.model.named_modules()}
+        self.layers: list[LayerAttention] = []
+        self.modules: dict[str, nn.Module] = {}
+        length = forcing.row.length
+        first = 0 if selection.needs_every_row else length - len(forcing.target)
+        self.rows = torch.arange(first, length)
+
+    def by_interface(self) -> Pass | None:
+        """Read where kernels are called; None where the model does not call them as expected."""
+        modules = [module for block in self.blocks for module in block.modules()]
+        try:
+            with running_blocks(self.blocks, self._receive) as note, reading_heads(modules, note):
+                scored = self.forcing.run(self.forcing.ids, self.forcing.whole)
+        except (_NotExplainedError, RunsTwiceError):
+            scored = None
+        if scored is None or not self.modules:
+            self.layers, self.modules = [], {}
+            return None
+        return scored
+
+    def by_weights(self) -> Pass:
+        """Read the weights that eager attention returns."""
+        forcing, model = self.forcing, self.forcing.model
+        cache = whole_cache(model) if self.selection.needs_values else None
+        options: dict[str, object] = {"output_attentions": True}  # some families ask for it
+        if cache is not None:
+            options |= {"past_key_values": cache, "use_cache": True}
+
+        def values_of(block: int, module: nn.Module, n_heads: int) -> Tensor | None:
+            return None if cache is None else cached_values(cache, block, module, n_heads)
+
+        with ExitStack() as stack:
+            note = stack.enter_context(running_blocks(self.blocks, self._receive))
+            stack.enter_context(eager_attention(model))
+            length = forcing.row.length
+            stack.enter_context(reading_weights(self.blocks, length, values_of, note))
+            return forcing.run(forcing.ids, forcing.whole, **options)  # type: ignore[arg-type]
+
+    def _receive(self, run: BlockRun) -> None:
+        """Cut one layer's attention to the selection, in float32, beside the ids."""
+        heads = run.heads
+        if heads is None:
+            return
+        name = self.names[heads.module]
+        self.modules[name] = heads.module
+        if not self.selection.includes(heads.module):
+            return
+        weights = heads.weights(self.rows)
+        if weights is None:
+            raise _NotExplainedError
+        _check_causal(type(self.forcing.model).__name__, name, weights, self.rows)
+        self.layers.append(self._layer(name, run, heads, weights))
+
+    def _layer(self, name: str, run: BlockRun, heads: Heads, weights: Tensor) -> LayerAttention:
+        selection, forcing = self.selection, self.forcing
+        n_prompt, n_output = forcing.row.n_prompt, len(forcing.target)
+        selected = selection.of_heads(name, weights, forcing)
+        indices, needs = selection.head_indices(name, len(weights)), selection.needs
+        more: dict[str, Tensor | None] = {}
+        if needs == "mean":
+            more["mean"] = selected.mean(0)
+        elif needs == "norms":
+            more["norms"] = selection.of_heads(name, run.carried().norm(dim=-1), forcing)
+        elif needs == "flow":
+            flow = run.flow(self.rows[-n_output:], weights[:, -n_output:])
+            more["flow"] = flow.shares(indices) if selection.per_token else None
+            more["span_flow"] = flow.together().shares(indices)[0]
+        elif needs == "transitions":
+            more["transitions"] = run.flow(self.rows, weights).transitions(indices)
+        return LayerAttention(
+            name=name,
+            targets=selected[:, -n_output:].clone(),
+            prompt=selected[:, :n_prompt, :n_prompt].clone() if selection.prompt else None,
+            **{key: None if v is None else v.to(forcing.ids.device) for key, v in more.items()},
+        )
 
 
-def _check_causal(model: nn.Module, name: str, weights: Tensor) -> None:
-    if (weights.triu(1) > 0).any():
+class _NotExplainedError(Exception):
+    """The weights that were computed anew do not explain what the kernel returned."""
+
+
+def _check_causal(model: str, name: str, weights: Tensor, rows: Tensor) -> None:
+    later = torch.arange(weights.size(-1)) > rows[:, None]
+    if (weights * later.to(weights.device) > 0).any():
         raise ValueError(
-            f"{type(model).__name__} is not causal: in {name} a token attends to later ones, so "
+            f"{model} is not causal: in {name} a token attends to later ones, so "
             "one pass does not give the attention with which the target is generated"
         )
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from captum_llm_ext.attention.cross_attention import CROSS_REDUCTIONS, read_cross_attention
 from captum_llm_ext.attention.hooks import configs
-from captum_llm_ext.attention.maps import LAYER_MAPS, LayerAttention
+from captum_llm_ext.attention.maps import REDUCTIONS, LayerAttention
 from captum_llm_ext.attention.reading import Selection, read_attention
 from captum_llm_ext.compat import (
     Attribution,
@@ -79,8 +79,8 @@ class LLMAttentionAttribution(BaseLLMAttribution):
         heads: int | Sequence[int] | None = None,
         reduction: str = "mean",
     ) -> None:
-        if reduction not in LAYER_MAPS:
-            raise ValueError(f"reduction must be one of {', '.join(LAYER_MAPS)}; got {reduction!r}")
+        if reduction not in REDUCTIONS:
+            raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}")
         _check_model(model)
         super().__init__(Attribution(model), tokenizer)
         self.reduction = reduction
@@ -94,6 +94,7 @@ class LLMAttentionAttribution(BaseLLMAttribution):
         target: str | Tensor | None = None,
         gen_args: dict[str, Any] | None = None,
         *,
+        include_per_token_attr: bool = True,
         include_generated: bool = False,
         include_prompt_attention: bool = False,
         show_progress: bool = False,
@@ -107,6 +108,8 @@ class LLMAttentionAttribution(BaseLLMAttribution):
                 to let the model generate it.
             gen_args: arguments of ``model.generate`` when `target` is None. Default: greedy, 25
                 new tokens.
+            include_per_token_attr: False leaves out the rows per target token, `token_attr` and
+                `layer_token_attr` are None; "flow" is then faster, and `seq_attr` the same.
             include_generated: earlier target tokens are features too. The result then has n_input
                 + n_output columns, zero from the target token itself on. Where every token of the
                 prompt is a feature, each row of `attention` and its `sink_attention` sum to 1. An
@@ -139,8 +142,8 @@ class LLMAttentionAttribution(BaseLLMAttribution):
             layers=self._layers,
             heads=self._heads,
             prompt=include_prompt_attention,
-            mean=self.reduction == "rollout",
-            norms=self.reduction == "value_norm",
+            needs=REDUCTIONS[self.reduction].needs,
+            per_token=include_per_token_attr,
         )
         read = read_attention
         if isinstance(forcing.model, EncoderDecoder):
@@ -149,7 +152,10 @@ class LLMAttentionAttribution(BaseLLMAttribution):
         layers, log_probs = read(forcing, selection)
         if include_generated:
             features = features.with_generated(forcing.target.ids, self.tokenizer)
-        return self._result(layers, log_probs, features, prepared.output_tokens, inp, prompt)
+        tokens = prepared.output_tokens
+        return self._result(
+            layers, log_probs, features, tokens, inp, prompt, include_per_token_attr
+        )
 
     @classmethod
     def of_method(
@@ -174,18 +180,23 @@ class LLMAttentionAttribution(BaseLLMAttribution):
         tokens: list[str],
         inp: InterpretableInput,
         prompt: Tensor,
+        per_token: bool,
     ) -> LLMAttentionAttributionResult:
         targets = torch.stack([layer.targets for layer in layers])
         prompts = [layer.prompt for layer in layers if layer.prompt is not None]
-        positions = Positions(0, targets.size(-1), features)
-        maps = LAYER_MAPS[self.reduction](layers, positions.by_feature)
+        by_feature = Positions(0, targets.size(-1), features).by_feature
+        reduction = REDUCTIONS[self.reduction]
+        maps = reduction.layer_maps(layers, by_feature)
+        spans = reduction.span_maps
+        of_span = [m.mean(0) for m in maps] if spans is None else spans(layers, by_feature)
         names = self.tokenizer.convert_ids_to_tokens(prompt[0].tolist())
         return LLMAttentionAttributionResult(
             input_tokens=features.names,
             output_tokens=tokens,
             layer_names=[layer.name for layer in layers],
-            layer_token_attr=torch.stack(maps),
-            attention=positions.by_feature(targets),
+            layer_token_attr=torch.stack(maps) if per_token else None,
+            layer_seq_attr=torch.stack(of_span),
+            attention=by_feature(targets),
             sink_attention=(1 - targets.sum(-1)).clamp(min=0),
             reduction=self.reduction,
             heads=self._heads,

@@ -25,31 +25,39 @@ OVER_LAYERS: dict[str, Callable[[Tensor], Tensor]] = {
     "max": lambda values: values.amax(0),
     "rollout": lambda values: values[-1],  # a layer's rollout includes the layers below it
     "value_norm": lambda values: values.mean(0),
+    "flow": lambda values: values.sum(0),
+    "flow_rollout": lambda values: values[-1],
 }
+
+SPANS = ("flow", "flow_rollout")  # have an attribution of the whole target, which is no mean
 
 
 class LLMAttentionAttributionResult(LLMLayerAttributionResult):
     """Attention of target tokens to the input: a result of several layers, and all weights.
 
     `token_attr` reduces `layer_token_attr` over the layers: their mean ("mean", "value_norm"),
-    their maximum ("max"), or the last layer ("rollout"). `seq_attr` and `layer_seq_attr` are the
-    means of `token_attr` and `layer_token_attr` over the target tokens.
+    their maximum ("max"), the last layer ("rollout", "flow_rollout") or their sum ("flow").
+    `seq_attr` and `layer_seq_attr` are the means of `token_attr` and `layer_token_attr` over the
+    target tokens; for "flow" and "flow_rollout" they are those of the whole target.
 
     Args:
         input_tokens: n_input tokens or features.
         output_tokens: n_output target tokens.
         layer_names: n_layers distinct names of attention modules.
-        layer_token_attr: shape (n_layers, n_output, n_input), reduced over the heads.
+        layer_token_attr: shape (n_layers, n_output, n_input), reduced over the heads; None where
+            the target's tokens have no rows.
         attention: softmaxed weights, shape (n_layers, n_heads, n_output, n_input).
         sink_attention: weight of attention sinks that are not tokens, shape (n_layers, n_heads,
             n_output): 1 minus the sum of the weights over all keys. Without such sinks it is 0 up
             to rounding.
-        reduction: "mean" (default), "max", "rollout" or "value_norm".
+        reduction: "mean" (default), "max", "rollout", "value_norm", "flow" or "flow_rollout".
         heads: n_heads indices of heads of the model; None (default) for all heads.
         prompt_attention: weights among the tokens of the prompt, query by key, shape (n_layers,
             n_heads, n_prompt, n_prompt), or None (default).
         prompt_tokens: n_prompt tokens, template and skipped ones too, or None (default).
         output_probs: log probability of each output token, shape (n_output,), or None (default).
+        layer_seq_attr: shape (n_layers, n_input), of the whole target; None (default) for the mean
+            over its tokens.
         inp: the attributed interpretable input, or None (default).
 
     Raises:
@@ -77,7 +85,7 @@ class LLMAttentionAttributionResult(LLMLayerAttributionResult):
         input_tokens: list[str],
         output_tokens: list[str],
         layer_names: Sequence[str],
-        layer_token_attr: npt.ArrayLike,
+        layer_token_attr: npt.ArrayLike | None,
         attention: npt.ArrayLike,
         sink_attention: npt.ArrayLike,
         reduction: str = "mean",
@@ -85,6 +93,7 @@ class LLMAttentionAttributionResult(LLMLayerAttributionResult):
         prompt_attention: npt.ArrayLike | None = None,
         prompt_tokens: list[str] | None = None,
         output_probs: npt.ArrayLike | None = None,
+        layer_seq_attr: npt.ArrayLike | None = None,
         inp: InterpretableInput | None = None,
     ) -> None:
         if reduction not in OVER_LAYERS:
@@ -94,19 +103,24 @@ class LLMAttentionAttributionResult(LLMLayerAttributionResult):
         self.reduction = reduction
         layers, outputs = {"n_layers": len(layer_names)}, {"n_output": len(output_tokens)}
         inputs = {"n_input": len(input_tokens)}
-        layer_token_attr = checked_tensor(
+        layer_token_attr = optional_tensor(
             "layer_token_attr", layer_token_attr, layers | outputs | inputs
         )
+        if layer_seq_attr is None:
+            if layer_token_attr is None:
+                raise ValueError("expected layer_token_attr, layer_seq_attr or both; got neither")
+            layer_seq_attr = layer_token_attr.mean(1)
         super().__init__(
             input_tokens=input_tokens,
             output_tokens=output_tokens,
             layer_names=layer_names,
-            layer_seq_attr=layer_token_attr.mean(1),
+            layer_seq_attr=layer_seq_attr,
             layer_token_attr=layer_token_attr,
             output_probs=output_probs,
             inp=inp,
         )
-        self.seq_attr = self._over_layers(layer_token_attr).mean(0)
+        if self.token_attr is not None and reduction not in SPANS:
+            self.seq_attr = self.token_attr.mean(0)
         n_heads = {"n_heads": None if heads is None else len(heads)}
         self.attention = checked_tensor("attention", attention, layers | n_heads | outputs | inputs)
         self.heads = list(range(self.attention.size(1)) if heads is None else heads)
@@ -125,7 +139,8 @@ class LLMAttentionAttributionResult(LLMLayerAttributionResult):
             return merged
         fields = {name: getattr(merged, name) for name in fields_of(merged)}
         # the maximum over heads of the sums is not the sum of the maxima
-        return type(self)(**fields | {"layer_token_attr": merged.attention.amax(1)})
+        maxima = merged.attention.amax(1)
+        return type(self)(**fields | {"layer_token_attr": maxima, "layer_seq_attr": None})
 
     def plot_layer_attr(
         self,

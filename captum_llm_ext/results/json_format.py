@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,13 @@ _LONGEST_QUOTE = 60  # characters of a damaged value in an error message
 class Field:
     """How an attribute is stored: `read(name, write(name, value))` equals the value.
 
-    `read` raises ValueError and `write` raises TypeError, with the name of the attribute.
+    `read` raises ValueError and `write` raises TypeError, with the name of the attribute. added:
+    whether texts of the same version may lack it, and then mean None.
     """
 
     write: Callable[[str, Any], Any]
     read: Callable[[str, Any], Any]
+    added: bool = False
 
 
 def _damaged(name: str, expected: str, stored: object) -> ValueError:
@@ -153,7 +155,8 @@ FIELDS: dict[str, dict[str, Field]] = {
         "input_tokens": _TEXTS,
         "output_tokens": _TEXTS,
         "layer_names": _TEXTS,
-        "layer_token_attr": _TENSOR,
+        "layer_token_attr": _MAYBE_TENSOR,
+        "layer_seq_attr": replace(_MAYBE_TENSOR, added=True),
         "attention": _TENSOR,
         "sink_attention": _TENSOR,
         "reduction": _TEXT,
@@ -192,6 +195,7 @@ def read_json(source: str | Path) -> tuple[str, dict[str, Any]]:
     if not isinstance(kind, str) or kind not in FIELDS:
         raise _damaged("kind", " or ".join(FIELDS), kind)
     fields = FIELDS[kind]
+    document = {name: None for name, field in fields.items() if field.added} | document
     for name in sorted(document.keys() ^ fields.keys()):
         state = "missing" if name in fields else "unknown"
         raise ValueError(f"the field {name!r} is {state}; the JSON text is damaged")

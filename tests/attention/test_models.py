@@ -150,7 +150,7 @@ def test_dropout_is_warned_of() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"reduction": "median"}, "one of mean, max, rollout, value_norm; got 'median'"),
+        ({"reduction": "median"}, "one of mean, max, rollout, value_norm, flow, flow_rollout; got 'median'"),
         ({"layers": []}, "at least one layer, got an empty list"),
         ({"layers": 4}, r"index of a decoder block in 0…3, got layer 4"),
         ({"layers": [0, -5]}, r"in 0…3, got layer -5"),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from captum_llm_ext.attention.maps import LAYER_MAPS, rollouts
+from captum_llm_ext.attention.maps import REDUCTIONS, rollouts
 from captum_llm_ext.results.attention import OVER_LAYERS
 from tests.attention.test_wrapper import COUNT, fed, near, read
 from tests.models.families import FAMILIES, tiny_model
@@ -25,7 +25,8 @@ VALUE_FAMILIES = ["llama", "gemma3", "gpt2", "gpt_neox", "phi3", "mistral"]
 
 
 def test_every_reduction_goes_over_layers_too() -> None:
-    assert list(LAYER_MAPS) == list(OVER_LAYERS) == ["mean", "max", "rollout", "value_norm"]
+    names = ["mean", "max", "rollout", "value_norm", "flow", "flow_rollout"]
+    assert list(REDUCTIONS) == list(OVER_LAYERS) == names
 
 
 def test_rollout_worked_out_by_hand() -> None:
@@ -104,7 +105,7 @@ def test_value_norm_is_homogeneous_in_the_output_projection(family: str) -> None
 def test_value_norm_is_refused_where_the_output_is_not_the_sum_of_values(family: str) -> None:
     skip_before_its_first_version(family)
     model = family_model(family)
-    with pytest.raises(ValueError, match=r"'value_norm' is not defined for .*Attention"):
+    with pytest.raises(ValueError, match=r"'value_norm'.* not defined for .*Attention"):
         read(model, reduction="value_norm")
     assert read(model, reduction="rollout").token_attr.isfinite().all()
 

@@ -1,0 +1,151 @@
+"""Queries, keys and values, where transformers hands them to an attention kernel.
+
+Every model that uses the attention interface of transformers calls one function with them, and the
+model keeps its kernel: what is read here costs no eager attention and no (length, length) matrix.
+The rows of weights that are needed are computed anew, and compared with the kernel's output.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from threading import RLock
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from captum_llm_ext.compat import ATTENTION_KERNELS
+from captum_llm_ext.scoring.teacher_forcing import tolerance
+
+Kernel = Callable[..., Any]
+
+
+@dataclass(frozen=True, eq=False)
+class HeadsCall:
+    """One call of an attention kernel, on one row of tokens.
+
+    query: (n_heads, length, head_dim); key and value: (n_kv_heads, length, head_dim); mask: added
+    to the scores, or True where a key is seen, or None; options: the kernel's other arguments;
+    mixed: (length, n_heads, head_dim) the kernel's output.
+    """
+
+    module: nn.Module
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    options: Mapping[str, Any]
+    mixed: Tensor
+
+    @property
+    def values(self) -> Tensor:
+        """The values (n_heads, length, head_dim) of every head; heads that share them repeat."""
+        return self._repeated(self.value)
+
+    def weights(self, rows: Tensor) -> Tensor | None:
+        """The softmaxed weights (n_heads, n_rows, length) of the queries at `rows` (n_rows,).
+
+        None where they do not explain the kernel's output: the kernel does something else.
+        """
+        rows = rows.to(self.query.device)
+        scaling = self.options.get("scaling")
+        scaling = self.query.size(-1) ** -0.5 if scaling is None else scaling
+        scores = self.query[:, rows].float() @ self._repeated(self.key).transpose(1, 2) * scaling
+        if softcap := self.options.get("softcap"):
+            scores = softcap * torch.tanh(scores / softcap)
+        scores = self._masked(scores, rows)
+        sinks = self.options.get("s_aux")
+        if sinks is not None:
+            sinks = sinks.float().view(-1, 1, 1).expand(-1, len(rows), 1)
+            scores = torch.cat([scores, sinks], dim=-1)
+        weights = scores.softmax(-1)[..., : self.key.size(1)]
+        mixed, expected = weights @ self.values, self.mixed[rows].transpose(0, 1).float()
+        allowed = tolerance(self.mixed.dtype) * expected.abs().max()
+        return weights if (mixed - expected).abs().max() <= allowed else None
+
+    def _repeated(self, of_groups: Tensor) -> Tensor:
+        return of_groups.float().repeat_interleave(self.query.size(0) // self.key.size(0), dim=0)
+
+    def _masked(self, scores: Tensor, rows: Tensor) -> Tensor:
+        if self.mask is None:
+            is_causal = self.options.get("is_causal", getattr(self.module, "is_causal", True))
+            seen = torch.arange(scores.size(-1), device=rows.device) <= rows[:, None]
+            return scores.masked_fill(~seen, -torch.inf) if is_causal else scores
+        mask = self.mask[..., rows, : scores.size(-1)]
+        if mask.dtype == torch.bool:
+            return scores.masked_fill(~mask, -torch.inf)
+        return scores + mask.float()
+
+
+@contextmanager
+def reading_heads(
+    modules: Iterable[nn.Module], receive: Callable[[HeadsCall], None]
+) -> Iterator[None]:
+    """Hand the kernel's calls of these attention modules, on one row, to `receive`."""
+    listener = _Listener(set(modules), receive)
+    with _PATCH.listening(listener):
+        yield
+
+
+@dataclass(frozen=True, eq=False)
+class _Listener:
+    modules: set[nn.Module]
+    receive: Callable[[HeadsCall], None]
+
+
+class _Patch:
+    """Wraps the kernels while anybody listens, in whatever order threads come and go."""
+
+    def __init__(self) -> None:
+        self._lock, self._listeners = RLock(), list[_Listener]()
+        self._before: dict[str, Kernel] = {}
+
+    @contextmanager
+    def listening(self, listener: _Listener) -> Iterator[None]:
+        with self._lock:
+            if not self._listeners:
+                self._before = dict(ATTENTION_KERNELS)
+                wrapped = {key: partial(self._call, f) for key, f in self._before.items()}
+                ATTENTION_KERNELS.update(wrapped | {"eager": self._eager})
+            self._listeners.append(listener)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._listeners.remove(listener)
+                if not self._listeners:
+                    ATTENTION_KERNELS.clear()
+                    ATTENTION_KERNELS.update(self._before)
+
+    def _eager(self, module: nn.Module, *args: Any, **options: Any) -> Any:
+        """The eager kernel of a family stands in the file of its attention module."""
+        kernel = sys.modules[type(module).__module__].eager_attention_forward
+        return self._call(kernel, module, *args, **options)
+
+    def _call(
+        self,
+        kernel: Kernel,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None = None,
+        *args: Any,
+        **options: Any,
+    ) -> Any:
+        output = kernel(module, query, key, value, mask, *args, **options)
+        for listener in [one for one in self._listeners if module in one.modules]:
+            if query.size(0) == 1:
+                mask_of_row = None if mask is None else mask[0]
+                call = HeadsCall(
+                    module, query[0], key[0], value[0], mask_of_row, options, output[0][0]
+                )
+                listener.receive(call)
+        return output
+
+
+_PATCH = _Patch()
