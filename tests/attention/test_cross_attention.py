@@ -1,4 +1,4 @@
-"""The attention of a decoder to the encoder's tokens is the model's own."""
+"""The attention of a decoder to the encoder's tokens equals the model's own output."""
 
 from __future__ import annotations
 
@@ -48,6 +48,13 @@ def state(model: Any) -> Any:
     return hooks, [config._attn_implementation for config in configs(model)]
 
 
+def test_one_translation() -> None:
+    result = read("marian")
+    expected = models_own("marian", prompt_input().inp_tensor, 3)
+    assert_close(result.token_attr, expected.mean((0, 1)), 1e-6)
+    assert_close(result.token_attr.sum(-1), torch.ones(3), 1e-5)
+
+
 @pytest.mark.parametrize("count", [1, 3, N_PROMPT])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_equals_the_models_own_output(family: str, count: int) -> None:
@@ -68,10 +75,10 @@ def test_equals_queries_times_keys(family: str) -> None:
     model: Any = tiny_seq2seq(family)
     inp, target = prompt_input(), target_of(3)
     layer = model.get_submodule(MODULES[family].format(1))
-    seen: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
     hooks = [
         getattr(layer, name).register_forward_hook(
-            lambda module, args, output, name=name: seen.update({name: output[0]})
+            lambda module, args, output, name=name: outputs.update({name: output[0]})
         )
         for name in ("q_proj", "k_proj")
     ]
@@ -79,7 +86,7 @@ def test_equals_queries_times_keys(family: str) -> None:
         model(input_ids=inp.inp_tensor, decoder_input_ids=decoder_ids(model, target, 2))
     for hook in hooks:
         hook.remove()
-    queries, keys = (seen[name].unflatten(-1, (N_HEADS, -1)) for name in ("q_proj", "k_proj"))
+    queries, keys = (outputs[name].unflatten(-1, (N_HEADS, -1)) for name in ("q_proj", "k_proj"))
     products = torch.einsum("qhd,khd->hqk", queries, keys) / queries.size(-1) ** 0.5
     assert_close(read(family).attention[1], products.softmax(-1), 1e-5)
 
@@ -90,9 +97,9 @@ def test_chosen_layers_and_heads(family: str) -> None:
     name = MODULES[family].format(2)
     block = name.rsplit(".layer.", 1)[0] if family == "t5" else name.rsplit(".", 1)[0]
     for layers in (name, 2, block, [2]):
-        found = read(family, layers=layers, heads=[3, 1])
-        assert found.layer_names == [name]
-        assert torch.equal(found.attention, whole.attention[[2]][:, [3, 1]])
+        result = read(family, layers=layers, heads=[3, 1])
+        assert result.layer_names == [name]
+        assert torch.equal(result.attention, whole.attention[[2]][:, [3, 1]])
 
 
 def test_the_largest_head_and_layer() -> None:

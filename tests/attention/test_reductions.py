@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from captum_llm_ext.attention.maps import REDUCTIONS, rollouts
-from captum_llm_ext.results.attention import OVER_LAYERS
+from captum_llm_ext.attention.maps import rollouts
 from tests.attention.test_wrapper import COUNT, fed, near, read
 from tests.models.families import FAMILIES, tiny_model
 from tests.oracles.attention import (
@@ -19,14 +18,9 @@ from tests.oracles.attention import (
     skip_before_its_first_version,
     weights_by_hand,
 )
-from tests.oracles.cases import target_ids
+from tests.oracles.cases import pairwise, target_ids
 
 VALUE_FAMILIES = ["llama", "gemma3", "gpt2", "gpt_neox", "phi3", "mistral"]
-
-
-def test_every_reduction_goes_over_layers_too() -> None:
-    names = ["mean", "max", "rollout", "value_norm", "flow", "flow_rollout"]
-    assert list(REDUCTIONS) == list(OVER_LAYERS) == names
 
 
 def test_rollout_worked_out_by_hand() -> None:
@@ -43,21 +37,30 @@ def test_rollout_worked_out_by_hand() -> None:
 
 
 def test_rollout_of_rows_that_sinks_leave_short() -> None:
-    """(0.5 + 1) / 2 = 0.75 alone is 1; 0.125 and 0.625 together are 1/6 and 5/6."""
-    (found,) = rollouts([torch.tensor([[0.5, 0.0], [0.25, 0.25]])])
-    torch.testing.assert_close(found, torch.tensor([[1.0, 0.0], [1 / 6, 5 / 6]]))
+    """Rows sum to 1 again: (0.5 + 1) / 2 = 0.75 becomes 1; 0.125, 0.625 become 1/6, 5/6."""
+    (rolled,) = rollouts([torch.tensor([[0.5, 0.0], [0.25, 0.25]])])
+    torch.testing.assert_close(rolled, torch.tensor([[1.0, 0.0], [1 / 6, 5 / 6]]))
 
 
-@pytest.mark.parametrize("heads", [[0, 1, 2, 3], [3, 1]])
-@pytest.mark.parametrize("layers", [None, [0, 1], [2]])
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_rollout_of_a_model(family: str, layers: Any, heads: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("family", "layers", "heads"),
+    list(
+        pairwise(
+            {
+                "family": ["llama", "gpt2"],
+                "layers": [None, (0, 1), (2,)],
+                "heads": [(0, 1, 2, 3), (3, 1)],
+            }
+        )
+    ),
+)
+def test_rollout_of_a_model(family: str, layers: Any, heads: tuple[int, ...]) -> None:
     model = tiny_model(family)
-    weights = eager_weights(model, fed()).double().numpy()[:, heads].mean(1)
+    weights = eager_weights(model, fed()).double().numpy()[:, list(heads)].mean(1)
     rolled = np.eye(len(fed()))
     expected = []
-    for place in range(4) if layers is None else layers:
-        step = 0.5 * weights[place] + 0.5 * np.eye(len(fed()))
+    for layer in range(4) if layers is None else layers:
+        step = 0.5 * weights[layer] + 0.5 * np.eye(len(fed()))
         rolled = np.matmul(step / step.sum(-1, keepdims=True), rolled)
         expected.append(torch.tensor(rolled[-COUNT:]).float())
     settings = {"layers": layers, "heads": heads, "reduction": "rollout"}
@@ -88,7 +91,7 @@ def test_value_norm_is_attention_times_the_norm_of_what_it_carries(family: str) 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "gpt_oss", "jamba", "bloom", "gptj", "gpt_neo"])
 def test_value_norm_is_homogeneous_in_the_output_projection(family: str) -> None:
-    """In the last layer, where nothing else depends on it; also for families not worked out."""
+    """In the last layer nothing else depends on it; also for families without a formula here."""
     skip_before_its_first_version(family)
     model = FAMILIES[family]() if family in FAMILIES else family_model(family)
     before = read(model, reduction="value_norm").layer_token_attr[-1]
@@ -113,8 +116,8 @@ def test_value_norm_is_refused_where_the_output_is_not_the_sum_of_values(family:
 def test_value_norm_in_bfloat16() -> None:
     model = tiny_model("llama", fresh=True)
     expected = read(model, reduction="value_norm").token_attr
-    found = read(model.to(torch.bfloat16), reduction="value_norm").token_attr
-    assert (found - expected).abs().max() < 0.1 * expected.max()
+    low = read(model.to(torch.bfloat16), reduction="value_norm").token_attr
+    assert (low - expected).abs().max() < 0.1 * expected.max()
 
 
 def test_maximum_over_heads_and_layers() -> None:

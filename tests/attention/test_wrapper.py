@@ -1,8 +1,8 @@
-"""Attention weights: those of the formula, for every family, layer and head, over all keys."""
+"""Attention weights equal the formula's, for every family, layer and head, over all keys."""
 
 from __future__ import annotations
 
-from itertools import pairwise
+import itertools
 from typing import Any
 
 import pytest
@@ -39,30 +39,40 @@ def read(model: nn.Module, inp: Any = None, /, count: int = COUNT, **settings: A
 
 
 def fed(inp: Any = None, count: int = COUNT) -> Tensor:
-    """Prompt and target but for its last token."""
+    """The ids that the model is fed: the prompt, and the target without its last token."""
     return torch.cat([(inp or prompt_input()).inp_tensor[0], target_ids(count)[:-1]])
 
 
-def near(found: Tensor, expected: Tensor) -> bool:
-    return found.shape == expected.shape and bool((found - expected).abs().max() <= 1e-5)
+def near(values: Tensor, expected: Tensor) -> bool:
+    return values.shape == expected.shape and bool((values - expected).abs().max() <= 1e-5)
 
 
 # --- the weights ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layer", range(4))
+def test_one_target_token() -> None:
+    """Its row is the softmax over the prompt, at the last token of the prompt."""
+    model = tiny_model("llama")
+    result = read(model, count=1)
+    by_head = weights_by_hand(model, "llama", 0, fed(count=1))[:, -1]
+    assert near(result.attention[0, :, 0], by_head)
+    assert near(result.layer_token_attr[0, 0], by_head.mean(0))
+    assert near(result.token_attr.sum(-1), torch.ones(1))
+
+
 @pytest.mark.parametrize("family", KINDS)
-def test_weights_are_the_softmax_of_queries_and_keys(family: str, layer: int) -> None:
+def test_weights_are_the_softmax_of_queries_and_keys(family: str) -> None:
     skip_before_its_first_version(family)
     model = tiny_model(family)
-    expected = weights_by_hand(model, family, layer, fed())[:, -COUNT:]
     result = read(model, include_generated=True)
-    assert near(result.attention[layer, :, :, :-1], expected)
-    assert expected.std() > 0.05, "attention is uniform: this case tests nothing"
+    for layer in range(4):
+        expected = weights_by_hand(model, family, layer, fed())[:, -COUNT:]
+        assert near(result.attention[layer, :, :, :-1], expected), layer
+        assert expected.std() > 0.05, "attention is uniform: this case tests nothing"
 
 
 @pytest.mark.parametrize("family", GIVING)
-def test_weights_are_those_that_transformers_gives(family: str) -> None:
+def test_weights_equal_those_of_transformers(family: str) -> None:
     skip_before_its_first_version(family)
     model = family_model(family)
     expected = eager_weights(model, fed())
@@ -89,12 +99,12 @@ def test_rows_sum_to_one_and_are_zero_on_the_future(family: str) -> None:
 def test_a_sliding_window_ends_what_is_seen() -> None:
     result = read(tiny_model("gemma3"), include_prompt_attention=True)
     for layer, attention in enumerate(result.prompt_attention):
-        beyond = attention.tril(-4)  # four positions are in the window
+        beyond = attention.tril(-4)  # the window holds four positions
         assert (beyond == 0).all() == (layer % 2 == 0)
 
 
 def test_sinks_take_what_the_tokens_do_not() -> None:
-    """In the first layer raising a head's sink by 1 multiplies its odds against the tokens by e."""
+    """A head's sink raised by 1 has e times the odds against the tokens, in the first layer."""
     model = ALL_FAMILIES["gpt_oss"]()
     sinks = model.model.layers[0].self_attn.sinks
     before = read(model, include_generated=True).sink_attention[0]
@@ -172,7 +182,7 @@ def test_heads(heads: Any, reduction: str) -> None:
     assert every.heads == [0, 1, 2, 3]
     assert torch.equal(chosen.attention, every.attention[:, listed])
     assert torch.equal(chosen.prompt_attention, every.prompt_attention[:, listed])
-    if reduction != "rollout":  # whose heads are averaged in each layer, before layers multiply
+    if reduction != "rollout":  # rollout averages the heads before the layers multiply
         alone = [read(model, heads=h, reduction=reduction).layer_token_attr for h in listed]
         stacked = torch.stack(alone)
         together = stacked.amax(0) if reduction == "max" else stacked.mean(0)
@@ -227,14 +237,14 @@ def test_a_generated_target() -> None:
     assert result == wrapper.attribute(prompt_input(), target=ids)
 
 
-# --- what a feature is ---------------------------------------------------------------------------
+# --- features ------------------------------------------------------------------------------------
 
 
 def test_skipped_tokens_have_no_column() -> None:
     every, some = read(tiny_model("llama")), read(tiny_model("llama"), prompt_input("skip_tokens"))
-    kept = [i for i, token in enumerate(every.input_tokens) if token in some.input_tokens]
-    assert len(kept) == len(every.input_tokens) - 2
-    assert torch.equal(some.attention, every.attention[..., kept])
+    columns = [i for i, token in enumerate(every.input_tokens) if token in some.input_tokens]
+    assert len(columns) == len(every.input_tokens) - 2
+    assert torch.equal(some.attention, every.attention[..., columns])
 
 
 @pytest.mark.parametrize("reduction", ["mean", "max", "rollout", "value_norm"])
@@ -249,11 +259,11 @@ def test_attention_to_a_span_is_the_sum_over_its_tokens(reduction: str) -> None:
     edges = [*starts, len(tokens.input_tokens)]
 
     def by_word(values: Tensor) -> Tensor:
-        parts = [values[..., a:b].sum(-1) for a, b in pairwise(edges)]
+        parts = [values[..., a:b].sum(-1) for a, b in itertools.pairwise(edges)]
         return torch.stack(parts, -1)
 
     assert near(spans.attention, by_word(tokens.attention))
-    if reduction == "max":  # of the sums
+    if reduction == "max":  # the largest sum, not the sum of the largest
         assert near(spans.token_attr, by_word(tokens.attention).amax((0, 1)))
     else:
         assert near(spans.token_attr, by_word(tokens.token_attr))

@@ -1,4 +1,4 @@
-"""`batch` stopped anywhere, torn anywhere, in any number of processes: always the same file."""
+"""`batch` stopped or torn anywhere, in any number of processes, writes the same file."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from captum_llm_ext import cli
+from captum_llm_ext.batches.records import Explainer
 from tests.batches.cases import MALFORMED, journal_lines, many_lines, records, run, write_lines
 from tests.models.families import tiny_model, tiny_tokenizer
 
@@ -51,6 +52,30 @@ def forks():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.batches.cases"])
     return context
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: no handler catches it."""
+
+
+def test_a_stopped_batch_goes_on_where_it_was(tmp_path, monkeypatch):
+    run(FEW, tmp_path / "expected.jsonl")
+    out, work = tmp_path / "results.jsonl", Explainer.record
+    lines: list[int] = []
+
+    def record(explainer, line):
+        lines.append(line.number)
+        if len(lines) == 3:
+            raise Killed
+        return work(explainer, line)
+
+    monkeypatch.setattr(Explainer, "record", record)
+    with pytest.raises(Killed):
+        run(FEW, out)
+    assert not out.exists()
+    run(FEW, out)
+    assert out.read_bytes() == (tmp_path / "expected.jsonl").read_bytes()
+    assert lines == [3, 1, 4, 4, 2]  # the longest prompt first; line 4 was stopped, so done again
 
 
 def kill_after(process, out: Path, lines: int, delay: float) -> None:
@@ -136,10 +161,6 @@ def test_the_number_of_processes_may_change(tmp_path, monkeypatch, counts):
     assert out.read_bytes() == (tmp_path / "expected.jsonl").read_bytes()
 
 
-class Killed(BaseException):
-    """Stands for the end of the process: no handler catches it."""
-
-
 STEPS = [(os, "fsync"), (os, "replace"), (Path, "unlink"), (Path, "mkdir")]
 
 
@@ -179,7 +200,7 @@ def stopping(function, calls, moment):
 
 @pytest.fixture(scope="module")
 def half(tmp_path_factory):
-    """The folder of a batch that the first of two processes did its share of, and all results."""
+    """The journal and settings that the first of two processes left, and the finished file."""
     folder = tmp_path_factory.mktemp("half")
     run(FEW, folder / "expected.jsonl")
     with pytest.MonkeyPatch.context() as patched:
@@ -193,7 +214,7 @@ def half(tmp_path_factory):
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data(), index=st.integers(0, 2))
 def test_a_journal_torn_at_any_byte(half, data, index):
-    """What is left of the journal of any process, and what a failing disk put after it."""
+    """The journal of any process is cut, and a failing disk puts junk after it."""
     journal, stored, expected = half
     cut = data.draw(st.integers(0, len(journal)), label="cut")
     junk = data.draw(st.sampled_from([b"", b"\0" * 9, b"\0\n", b"{}\n", b"3\n", b"\xff\n{"]))

@@ -29,6 +29,16 @@ def explained(prompt, target, *args, **kwargs):
     return json.loads(explain(model, tokenizer, prompt, target, *args, **kwargs).to_json())
 
 
+def test_two_prompts_give_two_results_in_their_order(tmp_path):
+    out = tmp_path / "results.jsonl"
+    report = run(["Palm Coast", "Dave lives"], out, target=" golf")
+    assert (report.n_results, report.n_errors, report.n_left) == (2, 0, 0)
+    assert [record["result"] for record in records(out)] == [
+        explained("Palm Coast", " golf"),
+        explained("Dave lives", " golf"),
+    ]
+
+
 @pytest.mark.parametrize(
     ("method", "kwargs"),
     [
@@ -42,26 +52,25 @@ def test_every_line_has_the_result_of_explain(tmp_path, method, kwargs):
     lines = many_lines(11, MALFORMED)
     out = tmp_path / "results.jsonl"
     report = run(write_lines(tmp_path / "prompts.jsonl", lines), out, method=method, **kwargs)
-    found = records(out)
     assert (report.n_results, report.n_errors, report.n_left) == (6, 5, 0)
-    assert [record["line"] for record in found] == list(range(1, 12))
-    for line, record in zip(lines, found, strict=True):
+    assert [record["line"] for record in records(out)] == list(range(1, 12))
+    for line, record in zip(lines, records(out), strict=True):
         if line in MALFORMED:
             assert set(record) == {"line", "id", "status", "error"}
             assert record["status"] == "error"
         else:
-            asked = json.loads(line)
-            expected = explained(asked["prompt"], asked["target"], method, **kwargs)
+            fields = json.loads(line)
+            expected = explained(fields["prompt"], fields["target"], method, **kwargs)
             assert record == {
                 "line": record["line"],
-                "id": asked["id"],
+                "id": fields["id"],
                 "status": "ok",
                 "result": expected,
             }
 
 
 def test_kinds_of_lines(tmp_path):
-    """Messages have no chat template here; values, contrasts and blank lines go through."""
+    """Prompts, templates, contrasts and blank lines; this tokenizer has no chat template."""
     template = {"template": "{} lives in {}", "values": ["Dave", "Palm Coast"], "target": " golf"}
     lines = [
         {"prompt": "Palm Coast"},
@@ -73,8 +82,8 @@ def test_kinds_of_lines(tmp_path):
     path = write_lines(tmp_path / "prompts.jsonl", [b"\xef\xbb\xbf" + texts[0], b"  ", *texts[1:]])
     gen_args = {"max_new_tokens": 2, "do_sample": False}
     run(path, tmp_path / "a.jsonl", gen_args=gen_args, method="gradxact")
-    found = records(tmp_path / "a.jsonl")
-    assert [(record["line"], record["id"]) for record in found] == [
+    first = records(tmp_path / "a.jsonl")
+    assert [(record["line"], record["id"]) for record in first] == [
         (1, None),
         (3, None),
         (4, 7),
@@ -87,7 +96,7 @@ def test_kinds_of_lines(tmp_path):
         explained("Palm Coast", " golf", "gradxact", contrast_target=" hiking"),
         explained("Palm Coast", None, "gradxact", gen_args=gen_args),
     ]
-    assert [record["result"] for record in found] == expected
+    assert [record["result"] for record in first] == expected
     again = tmp_path / "b.jsonl"  # the same as a list, whose strings are prompts
     run(["Palm Coast", *lines[1:]], again, gen_args=gen_args, method="gradxact")
     assert [record["result"] for record in records(again)] == expected
@@ -150,7 +159,7 @@ def test_parquet_holds_the_same(tmp_path, layers):
 
 @pytest.mark.parametrize("method", SAMPLING)
 def test_draws_do_not_depend_on_the_order(tmp_path, monkeypatch, method):
-    """Each line has draws of its own, which the seed alone decides."""
+    """The seed and the number of a line alone decide its draws."""
     lines = [json.loads(line) for line in many_lines(6)]
     torch.manual_seed(1)
     run(lines, tmp_path / "a.jsonl", method=method, **SAMPLING[method])
@@ -229,7 +238,7 @@ def test_a_finished_batch_is_left_alone(tmp_path):
     assert left == {"settings.json", "report.json", "lock"}
 
 
-def test_a_file_of_another_origin_is_not_overwritten(tmp_path):
+def test_a_file_that_is_not_from_a_batch_is_not_overwritten(tmp_path):
     out = tmp_path / "results.jsonl"
     out.write_text("mine")
     with pytest.raises(ValueError, match="exists and is not from a batch"):
@@ -273,8 +282,8 @@ def test_each_kind_of_warning_once(tmp_path):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         run(lines, tmp_path / "results.jsonl", method="ig", n_steps=1)
-    (told,) = [str(w.message) for w in caught if "have not converged" in str(w.message)]
-    assert told.startswith("line 6: ")  # the longest prompt goes first
+    (message,) = [str(w.message) for w in caught if "have not converged" in str(w.message)]
+    assert message.startswith("line 6: ")  # the longest prompt goes first
 
 
 def test_progress_tells_the_time_left(tmp_path, capsys):

@@ -11,15 +11,17 @@ from typing import Any
 import pytest
 
 from captum_llm_ext import __version__, cli, explain
-from captum_llm_ext.cli import entry, many, one, options
+from captum_llm_ext.cli import entry, many, one
 from captum_llm_ext.model.loading import load_model
 from tests.models.families import TARGET, tiny_model, tiny_tokenizer
 
-# Outside pytest nobody sees these; here each would add a line to what is checked.
+# Outside pytest these are not shown; here each would add a line to the checked output.
 pytestmark = pytest.mark.filterwarnings("ignore::PendingDeprecationWarning")
 
 PROMPT = "Palm Coast"
 PNG = b"\x89PNG"
+EXPLAIN = "captum_llm_ext.explaining.explain"
+LOAD_DEMO_MODEL = "captum_llm_ext.model.loading.load_demo_model"
 
 
 @pytest.fixture(scope="module")
@@ -57,16 +59,22 @@ def one_line(text: str) -> bool:
     return text.count("\n") == 1 and text.endswith("\n") and "Traceback" not in text
 
 
-@pytest.mark.parametrize("method", ["saliency", "gradxact", "gradshap"])
-def test_table_is_that_of_explain(run, folder, method):
-    code, out, _ = run("--target", TARGET, "--method", method, "--no-color")
-    model, tokenizer = load_model(folder)
-    if method == "gradshap":  # draws at random: only its shape is the same
-        assert code == 0
-        assert "convergence delta" not in out
-        return
-    expected = explain(model, tokenizer, PROMPT, TARGET, method)
-    assert (code, out) == (0, expected.to_text(color=False) + "\n")
+def test_one_command_prints_the_table_of_explain(run, folder):
+    code, out, err = run("--target", TARGET, "--no-color")
+    expected = explain(*load_model(folder), PROMPT, TARGET)
+    assert (code, out, err) == (0, expected.to_text(color=False) + "\n", "")
+
+
+def test_another_method_has_another_table(run, folder):
+    _, out, _ = run("--target", TARGET, "--method", "gradxact", "--no-color")
+    expected = explain(*load_model(folder), PROMPT, TARGET, "gradxact")
+    assert out == expected.to_text(color=False) + "\n"
+
+
+def test_a_method_without_a_convergence_delta(run):
+    code, out, _ = run("--target", TARGET, "--method", "gradshap", "--no-color")
+    assert code == 0
+    assert "convergence delta" not in out
 
 
 def test_steps_reach_integrated_gradients(run, folder):
@@ -198,7 +206,7 @@ def test_other_ends(run, monkeypatch, error, code, message):
     def stop(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(one, "explain", stop)
+    monkeypatch.setattr(EXPLAIN, stop)
     result, _, err = run("--target", TARGET)
     assert result == code
     assert message in err
@@ -210,7 +218,7 @@ def test_verbose_shows_the_traceback_and_the_log(run, monkeypatch):
         logging.getLogger("captum_llm_ext.gradients.wrapper").info("about to fail")
         raise ValueError("that is why")
 
-    monkeypatch.setattr(one, "explain", stop)
+    monkeypatch.setattr(EXPLAIN, stop)
     code, _, err = run("--verbose")
     assert code == 2
     assert "captum-llm-ext: about to fail\n" in err
@@ -228,20 +236,20 @@ def test_logging_and_warnings_are_left_as_they_were(run):
 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_progress_only_on_a_terminal(run, monkeypatch, terminal):
-    seen = {}
+    keywords = {}
 
     def stop(*_: object, **options: object) -> None:
-        seen.update(options)
+        keywords.update(options)
         raise ValueError
 
-    monkeypatch.setattr(one, "explain", stop)
+    monkeypatch.setattr(EXPLAIN, stop)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     run()
-    assert seen["show_progress"] is terminal
+    assert keywords["show_progress"] is terminal
 
 
 def test_demo_model_is_the_default(monkeypatch, capsys):
-    monkeypatch.setattr(options, "load_demo_model", lambda: (tiny_model("llama"), tiny_tokenizer()))
+    monkeypatch.setattr(LOAD_DEMO_MODEL, lambda: (tiny_model("llama"), tiny_tokenizer()))
     assert cli.main([PROMPT, "--target", TARGET, "--no-color"]) == 0
     expected = explain(tiny_model("llama"), tiny_tokenizer(), PROMPT, TARGET)
     assert capsys.readouterr().out == expected.to_text(color=False) + "\n"
@@ -275,7 +283,7 @@ def test_version(capsys):
 
 @pytest.mark.real_model
 def test_demo_model_from_the_command_line(demo_model, monkeypatch, capsys):
-    monkeypatch.setattr(options, "load_demo_model", lambda: demo_model)
+    monkeypatch.setattr(LOAD_DEMO_MODEL, lambda: demo_model)
     assert cli.main(["The capital of France is", "--max-new-tokens", "1", "--no-color"]) == 0
     out = capsys.readouterr().out
     assert "Paris" in out
@@ -300,11 +308,15 @@ def test_perturbation_method(run):
         (("--method", "ablation", "--heads", "1"), "does not take heads"),
         (("--method", "ig", "--norm", "l2"), "does not take norm"),
         (("--adaptive",), "quadrature belongs to 'ig' and"),
-        (("--baseline", "pad"), "baselines mean nothing to saliency"),
+        (("--baseline", "pad"), "baselines mean nothing to LayerSaliency"),
         (("--values", "x"), "the template leaves out value 0"),
         (("--values", "x", "--chat"), "exclude each other"),
+        (("--chat", "--context", "x"), "a context belongs to a prompt that is a question"),
         (("--by", "message"), "(of a chat: message too)"),
-        (("--plot", "layer", "--out", "x.png"), "--plot layer: of a result of several layers"),
+        (
+            ("--plot", "layer", "--out", "x.png"),
+            "--plot layer: only for a result of several",
+        ),
     ],
 )
 def test_options_without_meaning_are_refused(run, arguments, message, tmp_path, monkeypatch):

@@ -25,9 +25,10 @@ from captum_llm_ext import (
     segment_input,
 )
 from captum_llm_ext.cli import one, options, outputs
+from captum_llm_ext.explaining import make_wrapper
 from captum_llm_ext.inputs.chats import CHAT_FEATURES
 from captum_llm_ext.model.random_state import seeded
-from captum_llm_ext.registry import METHODS
+from captum_llm_ext.registry import GRADIENT, METHODS, Method
 from tests.models.families import TARGET, tiny_model, tiny_tokenizer
 
 pytestmark = [
@@ -60,13 +61,13 @@ def loaded(folder):
 def stored(folder, tmp_path, capsys):
     """The result that the command line writes as JSON."""
 
-    def command(prompt: str, *arguments: str) -> LLMAttributionResult:
+    def run(prompt: str, *arguments: str) -> LLMAttributionResult:
         path = tmp_path / "result.json"
-        given = [prompt, *arguments, "--model", str(folder), "--out", str(path)]
-        assert cli.main(given) == 0, capsys.readouterr().err
+        command = [prompt, *arguments, "--model", str(folder), "--out", str(path)]
+        assert cli.main(command) == 0, capsys.readouterr().err
         return LLMAttributionResult.from_json(path)
 
-    return command
+    return run
 
 
 def python(loaded: Any, prompt: Any, *args: Any, **kwargs: Any) -> Any:
@@ -78,6 +79,11 @@ def python(loaded: Any, prompt: Any, *args: Any, **kwargs: Any) -> Any:
 
 def same(result: Any, expected: Any) -> bool:
     return LLMAttributionResult.from_json(expected.to_json()) == result
+
+
+def test_one_option(stored, loaded):
+    result = stored(PROMPT, "--target", TARGET, "--norm", "l2")
+    assert same(result, python(loaded, PROMPT, TARGET, norm="l2"))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -138,17 +144,18 @@ def test_every_option(stored, loaded, arguments, keywords):
 
 
 def test_no_keyword_is_forgotten():
-    """What `attribute` of any wrapper takes is offered, but for what has no place here."""
+    """Every keyword of `attribute`, and every option of a method, is an argument, except these."""
     elsewhere = {
         "inp": "prompt",
-        "target": "target",
-        "gen_args": "gen_args",
-        "baselines": "baselines",
         "dtype": "autocast",
+        "method": "quadrature",
+        "max_rows": "the former name of max_evaluations",
         "show_progress": "on a terminal",
         "return_convergence_delta": "always there",
         "grad_kwargs": "of torch.autograd.grad",
-        "skip_tokens": "of a given target, which is written without them",
+        "skip_tokens": "the target is written without them",
+        "feature_mask": "a tensor; --values and --by make features",
+        "return_input_shape": "the shape of tensors",
         "use_cached_outputs": "without effect",
         "forward_in_tokens": "without effect",
         "perturbations_per_eval": "without effect",
@@ -158,15 +165,34 @@ def test_no_keyword_is_forgotten():
         "self": "",
     }
     wrappers = (LLMGradientAttribution, LLMAttribution, LLMAttentionAttribution)
-    taken = {name for kind in wrappers for name in inspect.signature(kind.attribute).parameters}
-    assert taken - elsewhere.keys() <= set(options.EXPLAIN_OPTIONS)
+    keywords = {name for kind in wrappers for name in inspect.signature(kind.attribute).parameters}
+    for method, row in METHODS.items():
+        wrapper, _ = make_wrapper(tiny_model("llama"), tiny_tokenizer(), method, None, {})
+        keywords |= {*wrapper.method_options(), *row.settings, *row.wrapped_by.settings}
+    arguments = {action.dest for action in one.build_parser()._actions}
+    assert keywords - elsewhere.keys() <= arguments
     assert set(inspect.signature(load_model).parameters) - {"name_or_path"} == set(
         options.LOAD_OPTIONS
     )
-    namespace = one.build_parser().parse_args(["x", "--quadrature", "adaptive"])
-    assert namespace.quadrature == "adaptive"
-    flags = {action.dest for action in one.build_parser()._actions}
-    assert {*options.EXPLAIN_OPTIONS, *options.LOAD_OPTIONS} <= flags
+    assert set(options.LOAD_OPTIONS) <= arguments
+
+
+def test_a_new_row_brings_its_settings(monkeypatch, capsys):
+    """Those that the registry gives no choices take numbers, lists and texts."""
+    row = Method("", GRADIENT, "a method to come", settings=("norm", "sharpness"))
+    monkeypatch.setitem(METHODS, "new", row)
+    command = "x --method new --norm l2 --sharpness 0.5"
+    keywords = options.explain_keywords(vars(one.build_parser().parse_args(command.split())))
+    assert {name: keywords[name] for name in ("method", "norm", "sharpness")} == {
+        "method": "new",
+        "norm": "l2",
+        "sharpness": 0.5,
+    }
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "new: a method to come" in text
+    assert "--sharpness SHARPNESS setting of new" in text
 
 
 def test_generation_options(stored, loaded):
@@ -231,7 +257,7 @@ def test_quantization(stored, folder):
 
 def test_the_demo_model_takes_no_load_options(capsys):
     assert cli.main([PROMPT, "--dtype", "float32"]) == 2
-    assert "--dtype: of a model that --model names" in capsys.readouterr().err
+    assert "--dtype: only for a model that --model names" in capsys.readouterr().err
 
 
 STARTS = {
@@ -248,8 +274,8 @@ STARTS = {
 
 def test_every_output(folder, loaded, tmp_path, capsys):
     paths = [tmp_path / f"result{ending}" for ending in outputs.OUTPUTS]
-    given = [PROMPT, "--target", TARGET, "--model", str(folder), "--merge", "word"]
-    assert cli.main([*given, "--out", *map(str, paths)]) == 0
+    command = [PROMPT, "--target", TARGET, "--model", str(folder), "--merge", "word"]
+    assert cli.main([*command, "--out", *map(str, paths)]) == 0
     err = capsys.readouterr().err
     assert set(STARTS) == set(outputs.OUTPUTS)
     for path in paths:
@@ -266,8 +292,8 @@ def test_every_output(folder, loaded, tmp_path, capsys):
 
 def test_long_table(folder, tmp_path):
     path = tmp_path / "long.csv"
-    given = [PROMPT, "--target", TARGET, "--model", str(folder)]
-    assert cli.main([*given, "--long", "--out", str(path)]) == 0
+    command = [PROMPT, "--target", TARGET, "--model", str(folder)]
+    assert cli.main([*command, "--long", "--out", str(path)]) == 0
     table = pd.read_csv(path)
     assert list(table)[:2] == ["output_position", "output_token"]
 
@@ -282,9 +308,9 @@ def test_every_plot(folder, tmp_path, monkeypatch, plot):
 
     monkeypatch.setitem(outputs.PLOTS, plot, spy)
     path = tmp_path / "plot.png"
-    given = [PROMPT, "--target", TARGET, "--model", str(folder), "--layers", "q_proj", "mlp"]
-    given += ["--method", "ig", "--n-steps", "4", "--layer-mode", "joint"]  # a path in common
-    assert cli.main([*given, "--plot", plot, "--out", str(path)]) == 0
+    command = [PROMPT, "--target", TARGET, "--model", str(folder), "--layers", "q_proj", "mlp"]
+    command += ["--method", "ig", "--n-steps", "4", "--layer-mode", "joint"]  # one path for both
+    assert cli.main([*command, "--plot", plot, "--out", str(path)]) == 0
     assert drawn == [plot]
     assert path.stat().st_size > 1000
 
