@@ -58,9 +58,9 @@ class BlockRun:
         """
         heads = self._heads()
         mixed = heads.mixed.flatten(1)
-        for module, inputs, _ in self.modules:
+        for module, inputs, outputs in self.modules:
             if inputs.shape == (1, *mixed.shape) and agree(inputs[0], mixed, inputs.dtype):
-                matrix = linear_map(module, inputs)
+                matrix = linear_map(module, inputs, outputs)
                 if matrix is not None:
                     return heads.values @ matrix.unflatten(0, (heads.values.size(0), -1))
         raise ValueError(not_a_sum(heads.module))

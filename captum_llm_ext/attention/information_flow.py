@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-ELEMENTS = 2**22  # of a tensor of parts that is held at a time
+ELEMENTS = 2**18  # of a tensor of parts that is held at a time
+TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +37,8 @@ class BlockFlow:
     @property
     def whole(self) -> Tensor:
         """(n_rows, hidden) y_i."""
-        return self.states + torch.einsum("hij,hjk->ik", self.weights, self.carried)
+        by_row = self.weights.transpose(0, 1).flatten(1)
+        return self.states + by_row @ self.carried.flatten(0, 1)
 
     def together(self) -> BlockFlow:
         """The rows as one span."""
@@ -46,46 +48,42 @@ class BlockFlow:
 
     def shares(self, heads: list[int]) -> Tensor:
         """(n_rows, length) the share of each position, by these heads, in the state of each row."""
-        whole = self.whole
-        parts = torch.stack([self._closeness(whole, head) for head in range(len(self.weights))])
-        residual = closeness(whole, self.states[:, None])
-        total = parts.sum((0, 2))[:, None] + residual
-        return parts[heads].sum(0) / total.clamp(min=torch.finfo(total.dtype).tiny)
+        parts, residual = self._closenesses()
+        total = parts.sum((1, 2)) + residual
+        return parts[:, heads].sum(1) / total.clamp(min=TINY)[:, None]
 
     def residual_share(self) -> Tensor:
         """(n_rows,) the share of the state that enters the block."""
-        whole = self.whole
-        parts = sum(self._closeness(whole, head).sum(1) for head in range(len(self.weights)))
-        residual = closeness(whole, self.states[:, None])[:, 0]
-        return residual / (parts + residual)
+        parts, residual = self._closenesses()
+        return residual / (parts.sum((1, 2)) + residual).clamp(min=TINY)
 
     def transitions(self, heads: list[int]) -> Tensor:
-        """(n_rows, length) of all positions as rows: shares of each j, the residual being i's.
+        """(n_rows, length) the share of each position in each row's state; the rows are all
+        positions.
 
-        The heads' parts are summed first.
+        The heads' parts are summed first, and a row's own state is part of its own position.
         """
-        whole, rows = self.whole, []
-        everything = torch.arange(len(whole))
-        for i in everything:
-            parts = torch.einsum("hj,hjk->hjk", self.weights[:, i], self.carried)
-            summed = parts.sum(0)
-            summed[i] += self.states[i]
-            total = closeness(whole[i : i + 1], summed[None]).sum()
-            chosen = parts[heads].sum(0)
-            chosen[i] += self.states[i]
-            rows.append(closeness(whole[i : i + 1], chosen[None])[0] / total.clamp(min=1e-30))
+        rows = []
+        for i, (whole, state) in enumerate(zip(self.whole, self.states, strict=True)):
+            every, chosen = (
+                torch.einsum("hj,hjk->jk", self.weights[which, i], self.carried[which])
+                for which in (slice(None), heads)
+            )
+            for parts in (every, chosen):
+                parts[i] += state
+            total = closeness(whole[None], every[None]).sum()
+            rows.append(closeness(whole[None], chosen[None])[0] / total.clamp(min=TINY))
         return torch.stack(rows)
 
-    def _closeness(self, whole: Tensor, head: int) -> Tensor:
-        """(n_rows, length) of what one head carries from each position."""
-        carried, weights = self.carried[head], self.weights[head]
+    def _closenesses(self) -> tuple[Tensor, Tensor]:
+        """(n_rows, n_heads, length) of what heads carry, and (n_rows,) of the residual."""
+        whole, carried = self.whole, self.carried.flatten(0, 1)
+        by_row = self.weights.transpose(0, 1).flatten(1)
         at_once = max(1, ELEMENTS // carried.numel())
-        return torch.cat(
-            [
-                closeness(rows, w[..., None] * carried)
-                for rows, w in zip(whole.split(at_once), weights.split(at_once), strict=True)
-            ]
-        )
+        pairs = zip(whole.split(at_once), by_row.split(at_once), strict=True)
+        parts = torch.cat([closeness(rows, w[..., None] * carried) for rows, w in pairs])
+        residual = closeness(whole, self.states[:, None])[:, 0]
+        return parts.unflatten(1, self.carried.shape[:2]), residual
 
 
 def closeness(whole: Tensor, parts: Tensor) -> Tensor:

@@ -44,14 +44,32 @@ def cached_values(cache: Any, block: int, module: nn.Module, n_heads: int) -> Te
     return values[0].float().repeat_interleave(n_heads // values.size(1), dim=0)
 
 
-def linear_map(module: nn.Module, inputs: Tensor) -> Tensor | None:
-    """The matrix of a module that is linear but for a bias, whatever its class; else None."""
+def linear_map(module: nn.Module, inputs: Tensor, outputs: Tensor) -> Tensor | None:
+    """The matrix of a module that is linear but for a bias, whatever its class; else None.
+
+    inputs and outputs: (1, length, …) of one run, which the matrix must explain.
+    """
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, Tensor) and weight.dim() == 2 and weight.is_floating_point():
+        for matrix in (weight.detach().float().T, weight.detach().float()):
+            if _explains(matrix, inputs[0], outputs[0]):
+                return matrix
     unit = torch.eye(inputs.size(-1), dtype=inputs.dtype, device=inputs.device)
-    rows = torch.cat([torch.zeros_like(unit[:1]), unit, inputs[0]])
     # `forward` and not the module itself, so that its hooks do not run.
-    zero, images, outputs = module.forward(rows[None])[0].split([1, len(unit), inputs.size(1)])
+    zero, images = module.forward(torch.cat([torch.zeros_like(unit[:1]), unit])[None])[0].split(
+        [1, len(unit)]
+    )
     matrix = (images - zero).float()
-    return matrix if agree(outputs, inputs[0].float() @ matrix + zero, inputs.dtype) else None
+    return matrix if _explains(matrix, inputs[0], outputs[0]) else None
+
+
+def _explains(matrix: Tensor, inputs: Tensor, outputs: Tensor) -> bool:
+    """Whether the outputs are the inputs times the matrix, and a bias."""
+    if matrix.shape != (inputs.size(-1), outputs.size(-1)):
+        return False
+    bias = outputs.float() - inputs.float() @ matrix
+    allowed = tolerance(inputs.dtype) * outputs.abs().max()
+    return bool((bias - bias[:1]).abs().max() <= allowed)
 
 
 def agree(values: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
