@@ -14,6 +14,7 @@ from captum_llm_ext import __version__, cli, explain
 from captum_llm_ext.cli import entry, many, one
 from captum_llm_ext.model.loading import load_model
 from tests.models.families import TARGET, tiny_model, tiny_tokenizer
+from tests.printed import assert_printed_alike
 
 # Outside pytest these are not shown; here each would add a line to the checked output.
 pytestmark = pytest.mark.filterwarnings("ignore::PendingDeprecationWarning")
@@ -22,6 +23,17 @@ PROMPT = "Palm Coast"
 PNG = b"\x89PNG"
 EXPLAIN = "captum_llm_ext.explaining.explain"
 LOAD_DEMO_MODEL = "captum_llm_ext.model.loading.load_demo_model"
+# Design figures of the L1 saliency of each prompt token.
+SALIENCY = """\
+5 input tokens -> 1 output token
+
+          sequence  Paris
+The           80.8   80.8
+ capital      61.4   61.4
+ of           17.6   17.6
+ France       26.4   26.4
+ is           10.7   10.7
+"""
 
 
 @pytest.fixture(scope="module")
@@ -285,10 +297,7 @@ def test_version(capsys):
 def test_demo_model_from_the_command_line(demo_model, monkeypatch, capsys):
     monkeypatch.setattr(LOAD_DEMO_MODEL, lambda: demo_model)
     assert cli.main(["The capital of France is", "--max-new-tokens", "1", "--no-color"]) == 0
-    out = capsys.readouterr().out
-    assert "Paris" in out
-    # design figures of the L1 saliency of each prompt token
-    assert all(figure in out for figure in ("80.8", "61.4", "17.6", "26.4", "10.7"))
+    assert_printed_alike(capsys.readouterr().out, SALIENCY)
 
 
 def test_perturbation_method(run):

@@ -15,16 +15,13 @@ import captum_llm_ext
 from captum_llm_ext.cli import main
 from captum_llm_ext.cli.one import build_parser
 from tests.docs.documents import PAGES, ROOT, Block, blocks, commands, page_name, steps
+from tests.printed import assert_printed_alike
 
 LANGUAGES = {"", "python", "output", "text"}
 RUN = [page for page in PAGES if any(not block.title for block, _ in steps(page))]
 TYPED = [(page_name(page), line) for page in PAGES for line in commands(page)]
 OWN = [(page, line) for page, line in TYPED if line.startswith("captum-llm-ext ")]
 PROMPTS = '{"prompt": "The capital of France is. Right?", "target": " Paris"}'
-
-
-def lines_of(text: str) -> list[str]:
-    return [line.rstrip() for line in text.split("\n") if line.strip()]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
@@ -52,8 +49,7 @@ def test_code(
         if block.title:
             continue
         run(block, page, names)
-        printed = capsys.readouterr().out
-        assert lines_of(printed) == lines_of(expected or "")
+        assert_printed_alike(capsys.readouterr().out, expected or "")
     matplotlib.pyplot.close("all")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from tests.printed import assert_printed_alike
+
 ROOT = Path(__file__).parents[2]
 TUTORIALS = sorted((ROOT / "tutorials").glob("*.ipynb"))
 LARGEST = 1_000_000  # bytes
@@ -18,7 +19,6 @@ PINNED = all(
     f"{name}=={version(name).partition('+')[0]}" in (ROOT / "constraints.txt").read_text().split()
     for name in ("numpy", "scikit-learn", "torch", "transformers")
 )
-NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e-?\d+)?")
 SECONDS_PER_CELL = 300
 
 each = pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
@@ -47,13 +47,6 @@ def printed(notebook: Any) -> list[str]:
         )
         for cell in code_cells(notebook)
     ]
-
-
-def same(found: list[str], saved: list[str]) -> bool:
-    """Whether the words are the same, and the numbers but for what another processor explains."""
-    words = [[NUMBER.sub("", text).split() for text in texts] for texts in (found, saved)]
-    numbers = [[float(x) for text in t for x in NUMBER.findall(text)] for t in (found, saved)]
-    return words[0] == words[1] and numbers[0] == pytest.approx(numbers[1], rel=0.05, abs=0.05)
 
 
 def test_there_are_five() -> None:
@@ -97,4 +90,5 @@ def test_runs(path: Path, tmp_path: Path, monkeypatch: Any, demo_model: Any) -> 
     assert complaints(notebook) == []
     assert len(nbformat.writes(notebook).encode()) < LARGEST
     if PINNED:  # other versions draw other samples
-        assert same(printed(notebook), saved), "the saved outputs are not today's: make tutorials"
+        for found, expected in zip(printed(notebook), saved, strict=True):
+            assert_printed_alike(found, expected)  # or the saved outputs are old: make tutorials

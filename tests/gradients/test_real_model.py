@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import pytest
 import torch
 from captum.attr import LayerGradientXActivation, LayerIntegratedGradients, TextTokenInput
+from torch import Tensor, nn
 
 from captum_llm_ext import LayerSaliency
-from tests.oracles.cases import assert_close, captum_attribution, our_attribution
+from tests.oracles.cases import STEPS, assert_close, captum_attribution, our_attribution
+from tests.oracles.gradients import Problem, gradient_x_activation, integrated_gradients
 
 pytestmark = pytest.mark.real_model
 
@@ -22,18 +25,72 @@ PROMPT = "Dave lives in Palm Coast, FL and is a lawyer. His personal interests i
 TARGET = " playing golf, hiking, and spending time with his family and friends."
 
 
-@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
-@pytest.mark.parametrize("method", [LayerIntegratedGradients, LayerGradientXActivation])
-def test_equals_captum(demo_model: Any, method: Any, layer: str) -> None:
-    model, tokenizer = demo_model
+GOLF = " playing golf,"
+
+# In float32, relative to what is summed. A path is steep at its start, and multiplies rounding.
+ROUNDING = {LayerIntegratedGradients: 2e-4, LayerGradientXActivation: 1e-5}
+
+each_layer = pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
+each_method = pytest.mark.parametrize("method", ROUNDING)
+
+
+@pytest.fixture(scope="module")
+def wide_model(demo_model: tuple[Any, Any]) -> tuple[Any, Any]:
+    """The small real model in float64; its norms too, which transformers computes in float32."""
+    model = deepcopy(demo_model[0]).double()
+    norms = {name: part for name, part in model.named_modules() if name.endswith("norm")}
+    for name, norm in norms.items():
+        wide = nn.RMSNorm(norm.weight.shape, norm.variance_epsilon)
+        wide.weight = norm.weight
+        model.set_submodule(name, wide)
+    return model, demo_model[1]
+
+
+@each_layer
+@each_method
+def test_equals_captum(wide_model: tuple[Any, Any], method: Any, layer: str) -> None:
+    """Where rounding is too small to count: sums that cancel are exact as well."""
+    result, expected = ours_and_captums(method, wide_model, layer)
+    assert result.output_tokens == expected.output_tokens
+    assert_close(result.token_attr, expected.token_attr, 1e-5)
+    assert_close(result.seq_attr, expected.seq_attr, 1e-5)
+
+
+@each_layer
+@each_method
+def test_equals_captum_in_float32(demo_model: Any, method: Any, layer: str) -> None:
+    """But for rounding, which is relative to the size of what is summed, not to the sum."""
+    result, expected = ours_and_captums(method, demo_model, layer)
+    summed = summed_sizes(method, demo_model, layer)
+    allowed = ROUNDING[method] * summed.max()
+    assert result.output_tokens == expected.output_tokens
+    assert (result.token_attr - expected.token_attr).abs().max() <= allowed
+    allowed = ROUNDING[method] * summed.sum(0).max()
+    assert (result.seq_attr - expected.seq_attr).abs().max() <= allowed
+
+
+def ours_and_captums(method: Any, demo: tuple[Any, Any], layer: str) -> tuple[Any, Any]:
+    model, tokenizer = demo
     inp = TextTokenInput(PROMPT, tokenizer)
-    both = {"target": " playing golf,", "tokenizer": tokenizer}
+    both = {"target": GOLF, "tokenizer": tokenizer}
     module = model.get_submodule(layer)
     expected = captum_attribution(method, model, module, inp, **both)
-    result = our_attribution(method, model, module, inp, **both)
-    assert result.output_tokens == expected.output_tokens
-    assert_close(result.token_attr, expected.token_attr)
-    assert_close(result.seq_attr, expected.seq_attr)
+    return our_attribution(method, model, module, inp, **both), expected
+
+
+def summed_sizes(method: Any, demo: tuple[Any, Any], layer: str) -> Tensor:
+    """Σ over hidden units of |attribution| (n_output, n_input), from the formulas."""
+    model, tokenizer = demo
+    inp = TextTokenInput(PROMPT, tokenizer)
+    prompt = inp.inp_tensor[0]
+    target = torch.tensor(tokenizer.encode(GOLF, add_special_tokens=False))
+    baseline = torch.full_like(prompt, inp.baselines)
+    asked = Problem(model, [model.get_submodule(layer)], prompt, target, baseline)
+    if method is LayerIntegratedGradients:
+        rows = integrated_gradients(asked, STEPS).attributions[0]
+    else:
+        rows = gradient_x_activation(asked)[0]
+    return rows.abs().sum(-1)[:, : len(prompt)]
 
 
 @pytest.mark.parametrize(("country", "capital"), [("France", " Paris"), ("Japan", " Tokyo")])

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
+from tests.printed import assert_printed_alike
 from tests.release.environments import ROOT, Environment
 
 BLOCK = re.compile(r"^```python\n(.*?)^```(?:\n\n```output\n(.*?)^```)?", re.DOTALL | re.MULTILINE)
@@ -34,12 +34,7 @@ def check(wheel: Path, folder: Path) -> None:
     command = [environment.bin / "python", "readme.py"]
     printed = subprocess.run(command, cwd=folder, check=True, text=True, stdout=subprocess.PIPE)
     expected = "".join(output for _, output in blocks)
-    if lines(printed.stdout) != lines(expected):
-        sys.exit(f"README promises:\n{expected}\nbut this was printed:\n{printed.stdout}")
-
-
-def lines(text: str) -> list[str]:
-    return [line.rstrip() for line in text.splitlines() if line.strip()]
+    assert_printed_alike(printed.stdout, expected)
 
 
 def main() -> None:
