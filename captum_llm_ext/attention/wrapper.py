@@ -148,7 +148,9 @@ class LLMAttentionAttribution(BaseLLMAttribution):
             read = read_cross_attention
         layers, log_probs = read(forcing, selection)
         if include_generated:
-            features = features.with_generated(forcing.target.ids, self.tokenizer)
+            features = features.with_generated(
+                forcing.target.ids, self.tokenizer, forcing.row.n_prompt
+            )
         return self._result(layers, log_probs, features, prepared.output_tokens, inp, prompt)
 
     @classmethod
