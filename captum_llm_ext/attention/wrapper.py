@@ -151,7 +151,9 @@ class LLMAttentionAttribution(BaseLLMAttribution):
             read = read_cross_attention
         layers, log_probs = read(forcing, selection)
         if include_generated:
-            features = features.with_generated(forcing.target.ids, self.tokenizer)
+            features = features.with_generated(
+                forcing.target.ids, self.tokenizer, forcing.row.n_prompt
+            )
         tokens = prepared.output_tokens
         return self._result(
             layers, log_probs, features, tokens, inp, prompt, include_per_token_attr

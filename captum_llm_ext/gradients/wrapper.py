@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from typing import Any
@@ -30,17 +29,17 @@ from captum_llm_ext.gradients.totals import Plan
 from captum_llm_ext.inputs.baselines import (
     BaselineSpec,
     PathStart,
-    attributed_with,
-    each_baseline,
+    baselines_to_average,
     path_start,
     template_start,
+    with_named_baseline,
 )
 from captum_llm_ext.inputs.features import Features, baseline_tokens, read_features
 from captum_llm_ext.inputs.targets import GRADIENT_TARGETS, check_attr_target
 from captum_llm_ext.model.adapter import layout_of
-from captum_llm_ext.model.hooks import frozen_parameters, without_checkpointing
+from captum_llm_ext.model.hooks import differentiable
 from captum_llm_ext.model.layers import input_device, resolve_sites
-from captum_llm_ext.model.quantized import dequantized_products, quietly
+from captum_llm_ext.model.quantized import dequantized_products, quiet_bitsandbytes
 from captum_llm_ext.model.random_state import same_random_state
 from captum_llm_ext.registry import load, method_named
 from captum_llm_ext.results.single import LLMAttributionResult
@@ -198,17 +197,22 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
             raise ValueError("baselines must hold at least one baseline, got an empty list")
         _check_choices(layer_mode, num_trials, internal_batch_size, grad_kwargs, dtype)
         request = Request(target, gen_args, contrast_target, self.attr_target, skip_tokens)
-        with _differentiable(self.model):
+        with differentiable(self.model), quiet_bitsandbytes():
             method = gradient_method(self._driver, self.attr_method, method_options)
             _check_method(method, baselines, layer_mode, type(self.attr_method).__name__)
             features = read_features(inp, self.tokenizer, input_device(self.model))
             prepared = prepare(self.model, self.tokenizer, features.prompt_ids, request)
         # The target is generated above by the model as it is, and differentiated here.
-        with _differentiable(self.model), dequantized_products(self.model):
-            features = features.of_prompt(prepared.forcing.prompt_ids)
-            if include_generated:
-                features = features.with_generated(prepared.forcing.target.ids, self.tokenizer)
+        with (
+            differentiable(self.model),
+            quiet_bitsandbytes(),
+            dequantized_products(self.model),
+        ):
             forcing = replace(prepared.forcing, dtype=dtype)
+            if include_generated:
+                features = features.with_generated(
+                    forcing.target.ids, self.tokenizer, forcing.row.n_prompt
+                )
             check_gradients(forcing)
             prepared = replace(prepared, forcing=forcing).probed_for(features, reuse_prefix)
             forcing = prepared.forcing
@@ -229,7 +233,7 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
             starts = [
                 self._path_start(baseline, inp, features, forcing) if method.has_path else None
                 for _ in range(num_trials if _draws(method, inp) else 1)
-                for baseline in each_baseline(baselines, inp)
+                for baseline in baselines_to_average(baselines, inp)
             ]
             others = (
                 gradient_method(self._driver, self.attr_method, method_options) for _ in starts[1:]
@@ -245,7 +249,7 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
                 layer_mode,
                 include_hidden_attr,
                 prepared.output_tokens,
-                attributed_with(inp, baselines),
+                with_named_baseline(inp, baselines),
             )
 
     @classmethod
@@ -277,7 +281,7 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
 
     def _path_start(
         self,
-        baselines: BaselineSpec,
+        baseline: BaselineSpec,
         inp: InterpretableInput,
         features: Features,
         forcing: TeacherForcing,
@@ -286,12 +290,11 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
         ids, length = forcing.ids, forcing.row.length
         if not isinstance(inp, CaptumTextTemplateInput):
             replaced = features.column_at(length) >= 0
-            start = path_start(baselines, inp, ids, replaced, self.model)
+            start = path_start(baseline, ids, replaced, inp.tokenizer, self.model)
         else:
-            neutral = "mean" if baselines is None else baselines
             values = baseline_tokens(inp, self.tokenizer)
             value_at = features.value_at(length)
-            start = template_start(neutral, values, value_at, ids, self.tokenizer, self.model)
+            start = template_start(baseline, values, value_at, ids, self.tokenizer, self.model)
         if start.embeddings is not None:
             layout_of(forcing.model).check_embedding_baseline(start.replaced)
         return start
@@ -336,16 +339,3 @@ def _input_embeddings(model: nn.Module) -> nn.Module:
             'it with layers, for example layers="embed_tokens"'
         )
     return embeddings
-
-
-@contextmanager
-def _differentiable(model: nn.Module) -> Iterator[None]:
-    """Gradients of activations and not of weights, whatever mode the caller is in."""
-    with (
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        frozen_parameters(model),
-        without_checkpointing(model),
-        quietly(),
-    ):
-        yield

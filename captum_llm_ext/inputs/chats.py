@@ -1,4 +1,4 @@
-"""A chat as an interpretable input: the template stays, messages or parts of them are features."""
+"""A chat as an interpretable input: messages or parts of them are features, the template stays."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def chat_input(
         messages: dicts with "role" and "content", as ``tokenizer.apply_chat_template`` takes them.
         tokenizer: a fast tokenizer with a chat template.
         by: what a feature is: "token", "message", "word", "sentence", "line" or "paragraph".
-        roles: whose messages hold the features. Tokens of the template and special tokens never
-            are features and are never replaced.
-        baselines: what stands in place of each absent feature, unless features are tokens.
-            Default: nothing.
+        roles: the roles whose messages hold the features. Tokens of the template and special tokens
+            are never features and are never replaced.
+        baselines: what stands in place of each absent feature; for tokens, give baselines to
+            `attribute` instead. Default: nothing.
 
     Returns:
         An input for `LLMGradientAttribution` and `LLMAttribution`: a `TextTokenInput` by token, a
@@ -49,9 +49,9 @@ def chat_input(
     if by not in CHAT_FEATURES:
         raise ValueError(f"by must be one of {', '.join(CHAT_FEATURES)}; got {by!r}")
     text, spans = _rendered(messages, tokenizer, roles)
-    if by == "token" and baselines is not None:
-        raise ValueError("of tokens the baselines are given to attribute()")
     if by == "token":
+        if baselines is not None:
+            raise ValueError("baselines of tokens belong to attribute(), not to the chat")
         return tokens_in_spans(text, spans, tokenizer)
     text, spans = _without_double_start(text, spans, tokenizer)
     if by != "message":
@@ -64,7 +64,7 @@ def chat_input(
 def _rendered(
     messages: Sequence[Mapping[str, str]], tokenizer: Any, roles: Sequence[str]
 ) -> tuple[str, list[Span]]:
-    """The chat as text, and where the messages of the given roles stand in it."""
+    """The chat as text, and the spans of the messages of these roles in it."""
     for message in messages:
         if not (isinstance(message, Mapping) and isinstance(message.get("content"), str)):
             raise ValueError(f"a message must be a dict with a str as 'content', got {message!r}")
@@ -79,21 +79,25 @@ def _rendered(
 
     def render(contents: list[str]) -> str:
         # A template may trim a message, so its outer spaces stay outside the marks.
-        whole = [
+        chat = [
             {**message, "content": message["content"].replace(message["content"].strip(), content)}
             for message, content in zip(messages, contents, strict=True)
         ]
-        return str(tokenizer.apply_chat_template(whole, tokenize=False, add_generation_prompt=True))
+        return str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
 
     text, spans = value_spans(render, [message["content"].strip() for message in messages])
-    wanted = [s for s, m in zip(spans, messages, strict=True) if m["role"] in roles and s[0] < s[1]]
-    if not wanted:
+    spans = [
+        (start, stop)
+        for (start, stop), message in zip(spans, messages, strict=True)
+        if message["role"] in roles and start < stop
+    ]
+    if not spans:
         raise ValueError(f"the messages of {', '.join(roles)} are empty")
-    return text, wanted
+    return text, spans
 
 
 def _without_double_start(text: str, spans: list[Span], tokenizer: Any) -> tuple[str, list[Span]]:
-    """Leave out the beginning-of-sequence token where the tokenizer puts it before any text."""
+    """Leave out the beginning-of-sequence token if the tokenizer puts one before every text."""
     start = getattr(tokenizer, "bos_token", None)
     first = tokenizer.encode("a")[:1]
     if not start or not text.startswith(start) or first != [tokenizer.bos_token_id]:

@@ -8,16 +8,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from captum_llm_ext.compat import CaptumTextTemplateInput, CaptumTextTokenInput, InterpretableInput
 from captum_llm_ext.inputs.baselines import token_id
-from captum_llm_ext.inputs.templates import check_template, drawn, render_template, value_spans
+from captum_llm_ext.inputs.templates import (
+    check_template,
+    render_template,
+    value_spans,
+    with_drawn_baselines,
+)
 from captum_llm_ext.inputs.tokens import encode_with_offsets
 
 
 @dataclass(frozen=True)
 class Features:
-    """A prompt's ids (1, n_prompt) and what each position belongs to.
+    """A prompt's ids (1, n_prompt) and the feature of each position.
 
     value_of: (n_prompt,) the value (or token) that each position is part of, -1 for none;
     column_of: (n_values,) the column of attributions that each value has, which values of one
@@ -36,37 +42,31 @@ class Features:
     @property
     def first(self) -> int:
         """The first position that belongs to a feature."""
-        places = (self.value_of >= 0).nonzero()
-        if not len(places):
+        positions = (self.value_of >= 0).nonzero()
+        if not len(positions):
             raise ValueError("the values of the input are all empty: there is nothing to attribute")
-        return int(places.min())
-
-    def of_prompt(self, prompt_ids: Tensor) -> Features:
-        """The same for a prompt (1, n) that goes on with ids that belong to no feature."""
-        return replace(self, prompt_ids=prompt_ids, value_of=self.value_at(prompt_ids.size(1)))
+        return int(positions.min())
 
     def value_at(self, length: int) -> Tensor:
         """The value of each of `length` positions."""
-        padded = self.value_of.new_full((length,), -1)
-        known = self.value_of[:length]
-        padded[: len(known)] = known
-        return padded
+        return pad(self.value_of, (0, length - len(self.value_of)), value=-1)
 
     def column_at(self, length: int) -> Tensor:
-        """The column of each of `length` positions, target tokens that are none included."""
+        """The column of each of `length` positions; target tokens that are no feature have none."""
         values = self.value_at(length)
         return torch.where(values < 0, -1, self.column_of[values.clamp(min=0)])
 
-    def with_generated(self, ids: Tensor, tokenizer: Any) -> Features:
-        """The same with each target token as a feature; the last one is never fed to the model.
+    def with_generated(self, ids: Tensor, tokenizer: Any, n_prompt: int) -> Features:
+        """The same with each target token as a feature, from position `n_prompt` on.
 
-        Named as the vocabulary has them, like the prompt's, so that words can be told apart.
+        The model is never fed the last one. Names are the vocabulary's, like those of the prompt,
+        so that they show where words begin.
         """
         tokens = [str(token) for token in tokenizer.convert_ids_to_tokens(ids.tolist())]
         added = torch.arange(len(tokens), device=self.value_of.device)
         return replace(
             self,
-            value_of=torch.cat([self.value_of, added + len(self.names)]),
+            value_of=torch.cat([self.value_at(n_prompt), added + len(self.names)]),
             column_of=torch.cat([self.column_of, added + self.n_columns]),
             names=[*self.names, *tokens],
         )
@@ -90,43 +90,15 @@ def prompt_ids(
         model_input = tokenizer.encode(model_input, return_tensors="pt")
     ids = model_input[0].long().to(device, copy=True)
     if ids.numel() == 0:
-        gone = "" if present is None else " once its features are replaced by their baselines"
+        masked = "" if present is None else " once its features are replaced by their baselines"
         raise ValueError(
-            f"the prompt is empty{gone}: keep some text in the template, give baselines that are "
+            f"the prompt is empty{masked}: keep some text in the template, give baselines that are "
             "not empty, or use a tokenizer with a beginning-of-sequence token"
         )
     return ids
 
 
-def template_tokens(
-    inp: CaptumTextTemplateInput, values: Sequence[str], tokenizer: Any
-) -> tuple[list[int], list[int]]:
-    """Token ids of the template with these values, and the value that each token belongs to.
-
-    A token that straddles a border belongs to the value, or the template, that it mostly covers;
-    a value that would have no token then has the template's token that covers most of it.
-    """
-    text, spans = value_spans(render_template(inp), values)
-    encoded = encode_with_offsets(text, tokenizer)
-    owners = [_owner(offsets, spans) for _, offsets in encoded]
-    for i in {i for i, value in enumerate(values) if value} - set(owners):
-        shares = [_overlap(offsets, spans[i]) for _, offsets in encoded]
-        best = max(range(len(shares)), key=shares.__getitem__)
-        if not shares[best] or owners[best] != -1:
-            raise ValueError(
-                f"value {i}, {values[i]!r}, has no token of its own: the tokenizer merges it with "
-                "what stands beside it; make one value of both"
-            )
-        owners[best] = i
-    return [token for token, _ in encoded], owners
-
-
-def baseline_tokens(inp: CaptumTextTemplateInput, tokenizer: Any) -> list[list[int]]:
-    """The token ids of each value's baseline, as it is tokenised with all of them in place."""
-    fixed = drawn(inp)
-    ids, owners = template_tokens(inp, fixed.baselines, tokenizer)
-    pairs = list(zip(ids, owners, strict=True))
-    return [[token for token, i in pairs if i == value] for value in range(len(inp.values))]
+# --- tokens --------------------------------------------------------------------------------------
 
 
 def _of_tokens(inp: CaptumTextTokenInput, device: torch.device) -> Features:
@@ -143,38 +115,75 @@ def _of_tokens(inp: CaptumTextTokenInput, device: torch.device) -> Features:
     return Features(ids, value_of.to(device), columns, list(inp.values))
 
 
+# --- templates -----------------------------------------------------------------------------------
+
+
 def _of_template(inp: CaptumTextTemplateInput, tokenizer: Any, device: torch.device) -> Features:
     check_template(inp)
     if not inp.values:
         raise ValueError("the template has no values: expected at least one")
-    ids, owners = template_tokens(inp, inp.values, tokenizer)
+    ids, values = template_tokens(inp, inp.values, tokenizer)
     if not ids:
         raise ValueError("the prompt is empty: expected at least one token")
     columns = inp.formatted_mask if inp.mask else range(len(inp.values))
     return Features(
         torch.tensor([ids], device=device),
-        torch.tensor(owners, device=device),
+        torch.tensor(values, device=device),
         torch.tensor(list(columns), device=device),
         list(inp.values),
     )
 
 
-def _owner(token: tuple[int, int], spans: Sequence[tuple[int, int]]) -> int:
-    """The value that a token's characters mostly lie in, -1 for the template; ties to the value."""
-    shares = [_overlap(token, span) for span in spans]
-    best = max(range(len(spans)), key=shares.__getitem__, default=-1)
-    if best < 0 or not shares[best]:
+def template_tokens(
+    inp: CaptumTextTemplateInput, values: Sequence[str], tokenizer: Any
+) -> tuple[list[int], list[int]]:
+    """Token ids of the template with these values, and the value that each token belongs to.
+
+    A token that straddles a border belongs to the value, or the template, that it mostly covers.
+    A value that would have no token then takes the template's token that covers most of it.
+    """
+    text, spans = value_spans(render_template(inp), values)
+    encoded = encode_with_offsets(text, tokenizer)
+    value_of = [_value_of_token(offsets, spans) for _, offsets in encoded]
+    for i in {i for i, value in enumerate(values) if value} - set(value_of):
+        overlaps = [_overlap(offsets, spans[i]) for _, offsets in encoded]
+        best = max(range(len(overlaps)), key=overlaps.__getitem__)
+        if not overlaps[best] or value_of[best] != -1:
+            raise ValueError(
+                f"value {i}, {values[i]!r}, has no token of its own: the tokenizer merges it with "
+                "what stands beside it; make one value of both"
+            )
+        value_of[best] = i
+    return [token for token, _ in encoded], value_of
+
+
+def baseline_tokens(inp: CaptumTextTemplateInput, tokenizer: Any) -> list[list[int]]:
+    """The token ids of each value's baseline, from the template with all baselines in it."""
+    baselines = with_drawn_baselines(inp).baselines
+    ids, value_of = template_tokens(inp, baselines, tokenizer)
+    pairs = list(zip(ids, value_of, strict=True))
+    return [[token for token, i in pairs if i == value] for value in range(len(inp.values))]
+
+
+def _value_of_token(token: tuple[int, int], spans: Sequence[tuple[int, int]]) -> int:
+    """The value that holds most of a token's characters, -1 for the template; ties to the value."""
+    overlaps = [_overlap(token, span) for span in spans]
+    best = max(range(len(spans)), key=overlaps.__getitem__, default=-1)
+    if best < 0 or not overlaps[best]:
         return -1
-    outside = token[1] - token[0] - sum(shares)
-    return best if shares[best] >= outside else -1
+    outside = token[1] - token[0] - sum(overlaps)
+    return best if overlaps[best] >= outside else -1
 
 
 def _overlap(a: tuple[int, int], b: tuple[int, int]) -> int:
     return max(0, min(a[1], b[1]) - max(a[0], b[0]))
 
 
-class _PlacesKept(CaptumTextTemplateInput):
-    """A template whose absent values leave their places, with other ids in them."""
+# --- templates whose positions are scored --------------------------------------------------------
+
+
+class _FixedPositions(CaptumTextTemplateInput):
+    """A template whose absent values keep their positions, with other ids there."""
 
     ids: Tensor
     absent_ids: Tensor
@@ -187,24 +196,24 @@ class _PlacesKept(CaptumTextTemplateInput):
         return torch.where(present[self.column_at], self.ids, self.absent_ids)
 
 
-def places_kept(inp: InterpretableInput, tokenizer: Any) -> InterpretableInput:
-    """The input, where the positions of a prompt are scored and must not shift.
+def with_fixed_positions(inp: InterpretableInput, tokenizer: Any) -> InterpretableInput:
+    """The input for models that score positions of the prompt, which must not shift.
 
-    An absent value of a template has its baseline's tokens in its places where they are as many,
-    and otherwise mask tokens, or pad tokens where the tokenizer has no mask.
+    The positions of a template's absent value hold the tokens of its baseline where there are as
+    many, and otherwise mask tokens, or pad tokens where the tokenizer has no mask.
     """
     if not isinstance(inp, CaptumTextTemplateInput):
         return inp
     features = _of_template(inp, tokenizer, torch.device("cpu"))
     neutral = getattr(tokenizer, "mask_token_id", None)
     neutral = token_id("pad", tokenizer) if neutral is None else neutral
-    absent = features.prompt_ids.clone()
+    absent_ids = features.prompt_ids.clone()
     for i, tokens in enumerate(baseline_tokens(inp, tokenizer)):
-        places = (features.value_of == i).nonzero().flatten()
-        as_many = len(tokens) == len(places)
-        absent[0, places] = torch.tensor(tokens if as_many else [neutral] * len(places))
-    kept = _PlacesKept.__new__(_PlacesKept)
-    kept.__dict__.update(inp.__dict__)
-    kept.ids, kept.absent_ids = features.prompt_ids, absent
-    kept.column_at = features.column_at(features.prompt_ids.size(1))
-    return kept
+        positions = (features.value_of == i).nonzero().flatten()
+        as_many = len(tokens) == len(positions)
+        absent_ids[0, positions] = torch.tensor(tokens if as_many else [neutral] * len(positions))
+    fixed = _FixedPositions.__new__(_FixedPositions)
+    fixed.__dict__.update(inp.__dict__)
+    fixed.ids, fixed.absent_ids = features.prompt_ids, absent_ids
+    fixed.column_at = features.column_at(features.prompt_ids.size(1))
+    return fixed

@@ -1,4 +1,4 @@
-"""Prompts as users write them: strings, messages, questions and fields become inputs."""
+"""Prompts as users write them: strings, messages, questions and templates become inputs."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def as_input(
 ) -> InterpretableInput:
     """The interpretable input of a prompt as `explain` takes it.
 
-    answers: whether the model is one of question answering, which needs a question and a context.
+    answers: whether the model is a question answering model, which needs a context too.
     """
     if context is not None or (answers and isinstance(prompt, str)):
         return _question(prompt, tokenizer, context, answers)
     if isinstance(prompt, str):
-        if not prompt:  # with a tokenizer that puts a token before every text it would pass
+        if not prompt:  # some tokenizers put a token before every text, also before this one
             raise ValueError("expected a prompt of at least one character, got an empty string")
         return TextTokenInput(prompt, tokenizer)
     if isinstance(prompt, InterpretableInput):
@@ -68,12 +68,13 @@ def requested_input(
 
     Args:
         tokenizer: the model's tokenizer.
-        prompt: a text, cut into features `by` "token", "word", "sentence", "line" or "paragraph".
-        messages: a chat, cut likewise or `by` "message"; features are those of `roles`.
+        prompt: a text; `by` says what a feature is: "token", "word", "sentence", "line" or
+            "paragraph".
+        messages: a chat, for which `by` may be "message" too; `roles` hold the features.
+        template: a format string; `values` are its features, `baselines` stand for absent ones.
         context: the text that holds the answer, where the prompt is a question; `by` may then be
             "part" too.
-        answers: whether the model is one of question answering, and so needs a context.
-        template: a format string; `values` are its features, and `baselines` stand for them.
+        answers: whether the model is a question answering model, and so needs a context.
 
     Raises:
         ValueError: not exactly one of prompt, messages and template, or fields that do not fit.

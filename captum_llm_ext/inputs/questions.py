@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from captum_llm_ext.compat import InterpretableInput
-from captum_llm_ext.inputs.segments import PATTERNS, Span, find_segments, template_of_spans
+from captum_llm_ext.inputs.segments import PATTERNS, find_segments, template_of_spans
 from captum_llm_ext.inputs.tokens import token_input
 
 PARTS = ("question", "context")
@@ -29,10 +29,11 @@ def qa_input(
         tokenizer: a fast tokenizer with a separator, such as BERT's or RoBERTa's.
         by: what a feature is: "token", "part" (question and context are one feature each), "word",
             "sentence", "line" or "paragraph".
-        parts: which of "question" and "context" hold the features. Special tokens never are.
-        baselines: what stands in place of each absent feature, unless features are tokens.
-            Default: nothing. By perturbation, places being what is scored, mask tokens stand for
-            a baseline of another length.
+        parts: which of "question" and "context" hold the features. Special tokens are never
+            features.
+        baselines: what stands in place of each absent feature; for tokens, give baselines to
+            `attribute` instead. Default: nothing. Perturbation methods put mask tokens in place of
+            a baseline of another length, since the scores are of positions.
 
     Returns:
         An input for `LLMGradientAttribution` and `LLMAttribution`: a `TextTokenInput` by token, a
@@ -56,31 +57,27 @@ def qa_input(
         raise ValueError(f"parts must be of {' and '.join(PARTS)}, got {parts!r}")
     if not (question.strip() and context.strip()):
         raise ValueError("expected a question and a context of at least one character each")
-    ids, part_of = _pair(question, context, tokenizer)
+    ids, part_of = _paired(question, context, tokenizer)
     if by == "token":
         if baselines is not None:
-            raise ValueError("of tokens the baselines are given to attribute()")
+            raise ValueError("baselines of tokens belong to attribute(), not to the question")
         inside = [part is not None and PARTS[part] in parts for part in part_of]
         return token_input(ids, inside, tokenizer)
     text = question + _separator(ids, part_of, tokenizer) + context
     if list(tokenizer.encode(text)) != ids:
         raise ValueError(
-            f"{type(tokenizer).__name__} reads a separator within a text otherwise than it pairs "
-            'two: use by="token"'
+            f"{type(tokenizer).__name__} does not pair two texts as it reads a text with its "
+            'separator: use by="token"'
         )
     spans = {"question": (0, len(question)), "context": (len(text) - len(context), len(text))}
-    chosen = [spans[part] for part in PARTS if part in parts]
-    return template_of_spans(text, _features(text, by, chosen), baselines)
+    features = [spans[part] for part in PARTS if part in parts]
+    if by != "part":
+        features = [segment for span in features for segment in find_segments(text, by, span)]
+    return template_of_spans(text, features, baselines)
 
 
-def _features(text: str, by: str, spans: Sequence[Span]) -> list[Span]:
-    if by == "part":
-        return list(spans)
-    return [segment for span in spans for segment in find_segments(text, by, span)]
-
-
-def _pair(question: str, context: str, tokenizer: Any) -> tuple[list[int], list[int | None]]:
-    """The ids of both texts, and whether each is of the first, the second or (None) of neither."""
+def _paired(question: str, context: str, tokenizer: Any) -> tuple[list[int], list[int | None]]:
+    """The ids of both texts, and the text of each: 0, 1, or None for a special token."""
     encoded = tokenizer(question, context)
     try:
         part_of = list(encoded.sequence_ids())

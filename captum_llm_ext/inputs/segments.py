@@ -1,4 +1,4 @@
-"""A text cut into words, sentences, lines or given spans, each of them a feature."""
+"""A text whose features are its words, sentences, lines or other spans."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ def segment_input(
     """A text as an interpretable input whose features are parts of it.
 
     Args:
-        text: the prompt; what lies between the segments stays as it is.
+        text: the prompt; the text between the segments stays as it is.
         by: "word", "sentence", "line" or "paragraph"; a regular expression, whose matches are the
             segments; or a list of (start, stop) spans in characters.
         baselines: what stands in place of each absent segment. Default: nothing.
 
     Returns:
-        A `TextTemplateInput`, for gradient and perturbation methods alike.
+        A `TextTemplateInput`, for gradient and perturbation methods.
 
     Raises:
-        ValueError: no segment was found, or spans overlap or leave the text.
+        ValueError: the text has no segment, or spans overlap or leave the text.
 
     Example:
         >>> segment_input("It rains. Stay in.", by="sentence").values
@@ -44,14 +44,14 @@ def segment_input(
     if isinstance(by, str | re.Pattern):
         spans = find_segments(text, by)
     else:
-        spans, baselines = _ordered(by, baselines, len(text))
+        spans, baselines = _in_order(by, baselines, len(text))
     if not spans:
         raise ValueError(f"the text has no segment by {by!r}: choose another way to cut it")
     return template_of_spans(text, spans, baselines)
 
 
 def find_segments(text: str, by: str | re.Pattern[str], within: Span | None = None) -> list[Span]:
-    """Where the segments of a text are, in characters; `within` a part of it only."""
+    """The spans of a text's segments, in characters; `within` limits them to a part of it."""
     start, stop = within or (0, len(text))
     pattern = PATTERNS.get(by, by) if isinstance(by, str) else by
     try:
@@ -65,7 +65,7 @@ def find_segments(text: str, by: str | re.Pattern[str], within: Span | None = No
 
 
 def template_of_spans(text: str, spans: Sequence[Span], baselines: Any = None) -> TextTemplateInput:
-    """A template whose values are the text's spans, and whose fixed parts are what lies between."""
+    """A template whose values are spans of a text; what lies between them is fixed."""
     edges = [0, *(edge for span in spans for edge in span), len(text)]
     between = [text[a:b] for a, b in zip(edges[::2], edges[1::2], strict=True)]
 
@@ -75,19 +75,19 @@ def template_of_spans(text: str, spans: Sequence[Span], baselines: Any = None) -
     return TextTemplateInput(template, [text[a:b] for a, b in spans], baselines=baselines)
 
 
-def _ordered(spans: Any, baselines: Any, length: int) -> tuple[list[Span], Any]:
+def _in_order(spans: Any, baselines: Any, length: int) -> tuple[list[Span], Any]:
     """The spans in the order of the text, each with its baseline."""
     try:
-        given = [(int(start), int(stop)) for start, stop in spans]
+        pairs = [(int(start), int(stop)) for start, stop in spans]
     except (TypeError, ValueError) as error:
         names = ", ".join(PATTERNS)
         raise ValueError(
             f"by must be one of {names}, a regular expression or a list of (start, stop); "
             f"got {spans!r}"
         ) from error
-    order = sorted(range(len(given)), key=given.__getitem__)
+    order = sorted(range(len(pairs)), key=pairs.__getitem__)
     end = 0
-    for start, stop in (given[i] for i in order):
+    for start, stop in (pairs[i] for i in order):
         if not 0 <= start < stop <= length:
             raise ValueError(f"the span {(start, stop)} is not within the {length} characters")
         if start < end:
@@ -95,4 +95,4 @@ def _ordered(spans: Any, baselines: Any, length: int) -> tuple[list[Span], Any]:
         end = stop
     if isinstance(baselines, list) and len(baselines) == len(order):
         baselines = [baselines[i] for i in order]
-    return [given[i] for i in order], baselines
+    return [pairs[i] for i in order], baselines

@@ -20,11 +20,11 @@ PERTURBATION_TARGETS = (*GRADIENT_TARGETS, "rank")
 
 @dataclass(frozen=True)
 class Target:
-    """Target tokens and what is attributed of them.
+    """Target tokens and their scores.
 
-    ids: (n_output,) token ids; contrast: (n_output,) token ids to compare with, or None;
-    attr_target: "log_prob", "prob", "logit", or "rank" (minus how many tokens are likelier);
-    of_positions: the ids are positions of the prompt, and the logits are over these.
+    ids: (n_output,) token ids; attr_target: the score, "log_prob", "prob", "logit" or "rank" (minus
+    how many tokens are likelier); contrast: (n_output,) token ids whose scores are subtracted, or
+    None; of_positions: the ids are positions of the prompt, and the logits are over these.
     """
 
     ids: Tensor
@@ -37,7 +37,7 @@ class Target:
 
     @property
     def fed(self) -> Tensor:
-        """The ids that the model is fed to score all of them: all but the last, or none."""
+        """The ids that the model is fed so that all have scores: all but the last, or none."""
         return self.ids[:0] if self.of_positions else self.ids[:-1]
 
     @property
@@ -95,7 +95,7 @@ def generated_ids(
 ) -> Tensor:
     """The token ids (n_output,) that the model generates after a prompt (1, n_prompt).
 
-    n_start: how many ids `generate` returns before the generated ones; default: the prompt's.
+    n_start: how many ids `generate` returns before the generated ones. Default: n_prompt.
     """
     generate = getattr(model, "generate", None)
     if not callable(generate):
@@ -142,18 +142,18 @@ def encode_target(tokenizer: Any, target: str | Tensor | Sequence[int]) -> Tenso
 def without_tokens(
     ids: Tensor, skip_tokens: Sequence[int] | Sequence[str], tokenizer: Any
 ) -> Tensor:
-    """The ids (n_output,) of a target without some tokens: `skip_tokens`, ids or strings."""
+    """The ids (n_output,) of a target without `skip_tokens`, which are ids or strings."""
     skipped = torch.tensor(token_ids(skip_tokens, tokenizer), device=ids.device)
-    left = ids[~torch.isin(ids, skipped)]
-    if not len(left):
+    kept = ids[~torch.isin(ids, skipped)]
+    if not len(kept):
         raise ValueError(
             "all tokens of the target are skipped: the target must have at least one token"
         )
-    return left
+    return kept
 
 
 def contrast_ids(tokenizer: Any, contrast: str | Tensor | Sequence[int], n_output: int) -> Tensor:
-    """Token ids (n_output,) of a contrast target of as many tokens as the target, or of one."""
+    """Token ids (n_output,) of a contrast target, which has one token or as many as the target."""
     ids = encode_target(tokenizer, contrast)
     if len(ids) not in (1, n_output):
         raise ValueError(
@@ -164,16 +164,16 @@ def contrast_ids(tokenizer: Any, contrast: str | Tensor | Sequence[int], n_outpu
 
 
 def output_tokens(ids: Tensor, tokenizer: Any) -> list[str]:
-    """The target tokens as Captum shows them, but for those of which it shows nothing."""
-    labels = zip(captums_labels(ids, tokenizer), ids.tolist(), strict=True)
+    """The target tokens as Captum shows them; those that it leaves blank become readable."""
+    labels = zip(captum_labels(ids, tokenizer), ids.tolist(), strict=True)
     return [
         label if label.strip() else readable_token(tokenizer.convert_ids_to_tokens(token))
         for label, token in labels
     ]
 
 
-def captums_labels(ids: Tensor, tokenizer: Any) -> list[str]:
-    """The target tokens as Captum shows them; token by token where Captum cannot."""
+def captum_labels(ids: Tensor, tokenizer: Any) -> list[str]:
+    """The target tokens as Captum shows them, or as the vocabulary has them where Captum fails."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -1,4 +1,4 @@
-"""Template inputs: checked, their baselines drawn, and where each value stands in the text."""
+"""Template inputs: checks, drawn baselines, and the span of each value in the text."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import Any
 
 from captum_llm_ext.compat import CaptumTextTemplateInput, InterpretableInput
 
-FIRST_MARK, MOST_MARKS = 0xF0000, 0x20000  # Unicode's supplementary private use areas
+# Marks around values are code points of Unicode's supplementary private use areas.
+FIRST_MARK, N_MARKS = 0xF0000, 0x20000
 
 
 class TextTemplateInput(CaptumTextTemplateInput):
-    """A template and its values, the features; Captum's class, with checked arguments.
+    """A template whose values are the features; Captum's class, with checked arguments.
 
     Args:
         template: a format string, or a function of the values that gives the text.
@@ -33,35 +34,33 @@ class TextTemplateInput(CaptumTextTemplateInput):
     def __init__(self, template: Any, values: Any, baselines: Any = None, mask: Any = None) -> None:
         if not isinstance(values, list | dict):
             raise ValueError(f"values must be a list or a dict, got {type(values).__name__}")
-        for what, given in (("baselines", baselines), ("mask", mask)):
-            if given is not None and not callable(given):
-                _check_form(what, given, values)
+        for name, argument in (("baselines", baselines), ("mask", mask)):
+            if argument is not None and not callable(argument):
+                _check_form(name, argument, values)
         super().__init__(template, values, baselines, mask)
 
 
-def drawn(inp: InterpretableInput) -> InterpretableInput:
+def with_drawn_baselines(inp: InterpretableInput) -> InterpretableInput:
     """The input with its callable baseline drawn once, so that all perturbations share it."""
     if not (isinstance(inp, CaptumTextTemplateInput) and callable(inp.baselines)):
         return inp
-    fixed = copy(inp)
     baselines: Any = inp.baselines()
     if inp.dict_keys:
-        _check_keys(baselines, inp.dict_keys, "baselines")
+        _check_keys("baselines", baselines, inp.dict_keys)
         baselines = [baselines[key] for key in inp.dict_keys]
-    fixed.baselines = baselines
-    _check_count(baselines, inp, "baselines")
-    _check_strings(baselines, "baseline")
-    return fixed
+    _check_baselines(baselines, inp)
+    drawn = copy(inp)
+    drawn.baselines = baselines
+    return drawn
 
 
 def check_template(inp: CaptumTextTemplateInput) -> None:
     """Refuse baselines, a mask or a template that do not fit the values."""
-    _check_strings(inp.values, "value")
+    _check_strings("value", inp.values)
     if not callable(inp.baselines):
-        _check_count(inp.baselines, inp, "baselines")
-        _check_strings(inp.baselines, "baseline")
+        _check_baselines(inp.baselines, inp)
     if inp.mask is not None:
-        _check_count(inp.mask, inp, "mask")
+        _check_count("mask", inp.mask, inp)
     try:
         text = inp.to_model_input()
     except (KeyError, IndexError, ValueError) as error:
@@ -76,25 +75,25 @@ def check_template(inp: CaptumTextTemplateInput) -> None:
 def value_spans(
     render: Callable[[list[str]], str], values: Sequence[str]
 ) -> tuple[str, list[tuple[int, int]]]:
-    """The text that `render` makes of the values, and where each stands in it, in characters.
+    """The text that `render` makes of the values, and the span of each in it, in characters.
 
-    Found by rendering once more with a mark on each side of every value. An empty value is not
-    marked, since a template may leave out what is empty, and has an empty span.
+    A second rendering, with a mark on each side of every value, shows the spans. An empty value
+    has no mark, since a template may leave out what is empty, and its span is empty.
 
     Raises:
-        ValueError: a value comes twice, not at all, or not as it is; the message names it.
+        ValueError: a value comes twice, not at all, or changed; the message names it.
     """
     text = render(list(values))
     first = _first_mark(text, 2 * len(values))
     marked = render([_marked(i, value, first) for i, value in enumerate(values)])
-    clean, found = _unmark(marked, first, 2 * len(values))
+    clean, marks = _unmark(marked, first, 2 * len(values))
     spans: list[tuple[int, int]] = []
     for i, value in enumerate(values):
-        opened, closed = found.get(2 * i, []), found.get(2 * i + 1, [])
-        if value and not (len(opened) == len(closed) == 1):
-            problem = "leaves out" if not opened else "uses more than once"
+        starts, stops = marks.get(2 * i, []), marks.get(2 * i + 1, [])
+        if value and not (len(starts) == len(stops) == 1):
+            problem = "leaves out" if not starts else "uses more than once"
             raise ValueError(f"the template {problem} value {i}, {value!r}")
-        spans.append((opened[0], closed[0]) if value else (0, 0))
+        spans.append((starts[0], stops[0]) if value else (0, 0))
         if value and clean[slice(*spans[-1])] != value:
             raise ValueError(f"the template changes value {i}, {value!r}")
     if clean != text:
@@ -114,14 +113,14 @@ def render_template(inp: CaptumTextTemplateInput) -> Callable[[list[str]], str]:
 
 
 def _first_mark(text: str, count: int) -> int:
-    """Where `count` code points in a row begin that the text does not contain."""
-    used = sorted(ord(c) for c in set(text) if FIRST_MARK <= ord(c) < FIRST_MARK + MOST_MARKS)
+    """The first of `count` successive code points that the text does not contain."""
+    used = sorted(ord(c) for c in set(text) if FIRST_MARK <= ord(c) < FIRST_MARK + N_MARKS)
     first = FIRST_MARK
     for code in used:
         if code - first >= count:
             break
         first = code + 1
-    if first + count > FIRST_MARK + MOST_MARKS:
+    if first + count > FIRST_MARK + N_MARKS:
         raise ValueError("the text uses up the private characters that mark its values")
     return first
 
@@ -131,22 +130,22 @@ def _marked(i: int, value: str, first: int) -> str:
 
 
 def _unmark(text: str, first: int, count: int) -> tuple[str, dict[int, list[int]]]:
-    """The text without marks, and where each mark stood in it."""
+    """The text without marks, and the positions of each mark in it."""
     clean: list[str] = []
-    found: dict[int, list[int]] = {}
+    marks: dict[int, list[int]] = {}
     for character in text:
         mark = ord(character) - first
-        if not 0 <= mark < count:
-            clean.append(character)
+        if 0 <= mark < count:
+            marks.setdefault(mark, []).append(len(clean))
         else:
-            found.setdefault(mark, []).append(len(clean))
-    return "".join(clean), found
+            clean.append(character)
+    return "".join(clean), marks
 
 
 def _sensitive_value(
     render: Callable[[list[str]], str], values: Sequence[str], text: str, first: int
 ) -> str:
-    """The value that the template treats otherwise when it is marked."""
+    """The value that the template renders differently with marks around it."""
     for i, value in enumerate(values):
         marked = [_marked(i, v, first) if i == j else v for j, v in enumerate(values)]
         if _unmark(render(marked), first, 2 * len(values))[0] != text:
@@ -154,30 +153,36 @@ def _sensitive_value(
     return "its values"
 
 
-def _check_count(given: Any, inp: CaptumTextTemplateInput, what: str) -> None:
-    if not isinstance(given, list) or len(given) != len(inp.values):
-        count = len(given) if isinstance(given, list) else repr(given)
-        raise ValueError(f"{what} must be a list of {len(inp.values)}, one per value; got {count}")
+def _check_baselines(baselines: Any, inp: CaptumTextTemplateInput) -> None:
+    _check_count("baselines", baselines, inp)
+    _check_strings("baseline", baselines)
 
 
-def _check_form(what: str, given: Any, values: list[str] | dict[str, str]) -> None:
+def _check_count(name: str, argument: Any, inp: CaptumTextTemplateInput) -> None:
+    if not isinstance(argument, list) or len(argument) != len(inp.values):
+        count = len(argument) if isinstance(argument, list) else repr(argument)
+        raise ValueError(f"{name} must be a list of {len(inp.values)}, one per value; got {count}")
+
+
+def _check_form(name: str, argument: Any, values: list[str] | dict[str, str]) -> None:
     if isinstance(values, dict):
-        _check_keys(given, list(values), what)
-    elif not isinstance(given, list):
-        raise ValueError(f"{what} must be a list, since the values are a list; got {given!r}")
-    elif len(given) != len(values):
+        _check_keys(name, argument, list(values))
+    elif not isinstance(argument, list):
+        raise ValueError(f"{name} must be a list, since the values are a list; got {argument!r}")
+    elif len(argument) != len(values):
         raise ValueError(
-            f"{what} must be a list of {len(values)}, one per value; got {len(given)}: {given!r}"
+            f"{name} must be a list of {len(values)}, one per value; "
+            f"got {len(argument)}: {argument!r}"
         )
 
 
-def _check_strings(given: Sequence[Any], what: str) -> None:
-    for i, item in enumerate(given):
-        if not isinstance(item, str):
-            raise ValueError(f"{what} {i} of the template must be a str, got {item!r}")
-
-
-def _check_keys(given: Any, keys: Sequence[str], what: str) -> None:
-    missing = [key for key in keys if not isinstance(given, Mapping) or key not in given]
+def _check_keys(name: str, argument: Any, keys: Sequence[str]) -> None:
+    missing = [key for key in keys if not isinstance(argument, Mapping) or key not in argument]
     if missing:
-        raise ValueError(f"{what} must be a dict with a value for each key; missing {missing}")
+        raise ValueError(f"{name} must be a dict with a value for each key; missing {missing}")
+
+
+def _check_strings(name: str, items: Sequence[Any]) -> None:
+    for i, item in enumerate(items):
+        if not isinstance(item, str):
+            raise ValueError(f"{name} {i} of the template must be a str, got {item!r}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -11,11 +10,11 @@ from torch import Tensor, nn
 
 from captum_llm_ext.compat import CaptumTextTokenInput, InterpretableInput
 from captum_llm_ext.inputs.baselines import (
+    AbsentTokens,
+    Baseline,
     BaselineSpec,
     baseline_ids,
-    needs_prompt,
-    own_baseline,
-    token_id,
+    baseline_of_input,
     token_ids,
 )
 
@@ -33,8 +32,8 @@ class TextTokenInput(CaptumTextTokenInput):
         skip_tokens: ids or strings of tokens that are not features and are never replaced.
 
     Raises:
-        ValueError: a token string is not in the vocabulary (Captum takes it for an unknown
-            token without a word).
+        ValueError: a token string is not in the vocabulary (Captum silently takes the unknown
+            token for it).
 
     Example:
         >>> inp = TextTokenInput("The capital of France is", tokenizer, baselines="pad")
@@ -49,17 +48,16 @@ class TextTokenInput(CaptumTextTokenInput):
         baselines: int | str | tuple[str, int] = 0,
         skip_tokens: Sequence[int] | Sequence[str] | None = None,
     ) -> None:
-        self.named_baseline: BaselineSpec = None
-        if isinstance(baselines, Integral):
-            baselines = int(baselines)
-        elif needs_prompt(baselines):
-            self.named_baseline, baselines = baselines, 0
-        baseline = token_id(baselines, tokenizer) if isinstance(baselines, str) else baselines
-        super().__init__(text, tokenizer, baseline, token_ids(skip_tokens, tokenizer) or None)
+        kind, value = Baseline.parse(baselines, tokenizer)
+        # What depends on the model or the prompt is kept by name, for `attribute` to look up.
+        is_known = kind in ("ids", "unknown")
+        self.named_baseline: BaselineSpec = None if is_known else baselines
+        value = value if is_known else 0
+        super().__init__(text, tokenizer, value, token_ids(skip_tokens, tokenizer) or None)
 
 
 def tokens_in_spans(text: str, spans: Sequence[tuple[int, int]], tokenizer: Any) -> TextTokenInput:
-    """A text whose features are the tokens in some spans of characters, but for special ones."""
+    """A text whose features are the tokens in spans of characters; special tokens are none."""
     encoded = encode_with_offsets(text, tokenizer, add_special_tokens=False)
     special = set(getattr(tokenizer, "all_special_ids", ()))
     inside = [
@@ -70,7 +68,7 @@ def tokens_in_spans(text: str, spans: Sequence[tuple[int, int]], tokenizer: Any)
 
 
 def token_input(ids: Sequence[int], inside: Sequence[bool], tokenizer: Any) -> TextTokenInput:
-    """Ids (n_prompt,) of which those `inside` are features."""
+    """A prompt of ids (n_prompt,); the tokens with a True in `inside` are its features."""
     inp = TextTokenInput.__new__(TextTokenInput)
     inp.inp_tensor = torch.tensor([list(ids)])
     inp.itp_mask = torch.tensor([list(inside)])
@@ -84,7 +82,7 @@ def token_input(ids: Sequence[int], inside: Sequence[bool], tokenizer: Any) -> T
 def encode_with_offsets(
     text: str, tokenizer: Any, add_special_tokens: bool = True
 ) -> list[tuple[int, tuple[int, int]]]:
-    """Token ids of a text, each with where it starts and stops in characters."""
+    """Token ids of a text, each with its start and stop in characters."""
     try:
         encoded = tokenizer(
             text, add_special_tokens=add_special_tokens, return_offsets_mapping=True
@@ -98,8 +96,8 @@ def encode_with_offsets(
     return list(zip([int(i) for i in encoded["input_ids"]], offsets, strict=True))
 
 
-class _ReplacedTokens(CaptumTextTokenInput):
-    """A token input with a baseline id of its own for each feature."""
+class _WithBaselineIds(CaptumTextTokenInput):
+    """A token input with a baseline id for each feature."""
 
     baseline_ids: Tensor
     named_baseline: BaselineSpec
@@ -119,18 +117,19 @@ class _ReplacedTokens(CaptumTextTokenInput):
 def with_baselines(
     inp: InterpretableInput, baselines: BaselineSpec, model: nn.Module
 ) -> InterpretableInput:
-    """The input with other baselines, or with its own where the model is needed to know them."""
+    """A token input with ids for the caller's baselines, or where these are None for its own."""
     if not isinstance(inp, CaptumTextTokenInput):
         if baselines is not None:
             raise ValueError("the baselines of a template or an image belong to the input itself")
         return inp
     if baselines is None:
-        baselines = own_baseline(inp)
+        baselines = baseline_of_input(inp)
     ids = inp.inp_tensor[0].long()
-    features = torch.ones_like(ids).bool() if inp.itp_mask is None else inp.itp_mask[0]
-    absent = baseline_ids(baselines, ids, features, inp.tokenizer, model)
-    replaced = _ReplacedTokens.__new__(_ReplacedTokens)
+    is_feature = torch.ones_like(ids).bool() if inp.itp_mask is None else inp.itp_mask[0]
+    baseline = Baseline.parse(baselines, inp.tokenizer)
+    absent = AbsentTokens(ids, is_feature, inp.tokenizer, model)
+    replaced = _WithBaselineIds.__new__(_WithBaselineIds)
     replaced.__dict__.update(inp.__dict__)
-    replaced.baseline_ids = absent[features][None]
+    replaced.baseline_ids = baseline_ids(baseline, absent)[is_feature][None]
     replaced.named_baseline = baselines
     return replaced

@@ -19,7 +19,7 @@ from captum_llm_ext.display import draw_measures
 from captum_llm_ext.explaining import Prompt, explain
 from captum_llm_ext.inputs.baselines import BaselineSpec
 from captum_llm_ext.inputs.prompts import as_input
-from captum_llm_ext.inputs.templates import drawn
+from captum_llm_ext.inputs.templates import with_drawn_baselines
 from captum_llm_ext.metrics.curves import FRACTIONS, MEASURES
 from captum_llm_ext.metrics.judging import Faithfulness
 from captum_llm_ext.metrics.removal import MOST_STEPS, Removal, feature_attr, open_prompts
@@ -193,7 +193,7 @@ def compare_methods(
     rows: list[dict[str, Any]] = []
     pairs = list(zip(prompts, _targets(prompts, targets), strict=True))
     for number, (prompt, target) in enumerate(tqdm(pairs, disable=not show_progress)):
-        inp = drawn(as_input(prompt, tokenizer))
+        inp = with_drawn_baselines(as_input(prompt, tokenizer))
         masked = open_prompts(
             model,
             tokenizer,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from captum_llm_ext.compat import CaptumTextTemplateInput, CaptumTextTokenInput, InterpretableInput
 from captum_llm_ext.inputs.baselines import BaselineSpec
-from captum_llm_ext.inputs.targets import PERTURBATION_TARGETS, captums_labels, check_attr_target
+from captum_llm_ext.inputs.targets import PERTURBATION_TARGETS, captum_labels, check_attr_target
 from captum_llm_ext.metrics.curves import FRACTIONS, RemovalCurves, removal_counts, removal_rows
 from captum_llm_ext.perturbations.masked_prompts import MaskedPrompts
 from captum_llm_ext.scoring.checks import check_counts
@@ -132,7 +132,7 @@ def sequence_scores(prompts: MaskedPrompts, masks: Tensor) -> Tensor:
 def _check_target(result: CaptumLLMAttributionResult, prompts: MaskedPrompts) -> None:
     ids, shown = prompts.scorer.target.ids.cpu(), list(result.output_tokens)
     names = [str(token) for token in prompts.tokenizer.convert_ids_to_tokens(ids.tolist())]
-    if shown not in (names, captums_labels(ids, prompts.tokenizer), prompts.output_tokens):
+    if shown not in (names, captum_labels(ids, prompts.tokenizer), prompts.output_tokens):
         raise ValueError(
             f"the result attributes {shown}, and the target is {names}: pass the target that was "
             "attributed"

@@ -1,4 +1,4 @@
-"""The kinds of model, and an adapter that runs another kind as a causal one: ids in, logits out."""
+"""The kinds of model, and adapters that run other kinds like causal ones: ids in, logits out."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from captum_llm_ext.model.layers import Site, decoder_blocks, named_by_model
+from captum_llm_ext.model.layers import Site, decoder_blocks, module_from_getter
 
 CAUSAL, SEQ2SEQ, QA = "causal", "seq2seq", "qa"
 
-Part = tuple[int, int]
+Part = tuple[int, int]  # start and stop among the ids of a row
 
 
 def kind_of(config: Any, class_names: Iterable[str]) -> str:
-    """The kind of a model, by its configuration and the names of the classes that it is made of.
+    """The kind of a model, by its configuration and the names of its modules' classes.
 
     Raises:
         ValueError: a question answering model with an encoder and a decoder.
@@ -33,18 +33,18 @@ def kind_of(config: Any, class_names: Iterable[str]) -> str:
 
 
 class Layout:
-    """How a model uses a row of ids. These answers are a causal model's, which runs as it is."""
+    """How a model uses a row of ids; this class describes a causal model, which runs as it is."""
 
     def site(self, site: Site) -> Site:
-        """Where a layer of the model is read."""
+        """The site at which a layer of the model is read."""
         return site
 
     def prompt(self, ids: Tensor) -> Tensor:
-        """The ids (n_prompt,) that a row begins with, for the ids (n,) of a prompt."""
+        """The first ids (n_prompt,) of a row, for the ids (n,) of a prompt."""
         return ids
 
     def parts(self, length: int) -> list[Part]:
-        """The parts (start, stop) of `length` ids that a layer may hold."""
+        """The parts of `length` ids that a layer may hold."""
         return [(0, length)]
 
     def context(self, n_prompt: int, n_target: int) -> int:
@@ -52,17 +52,17 @@ class Layout:
         return n_prompt + n_target
 
     def whole_blocks(self, model: nn.Module) -> list[nn.Module]:
-        """The blocks that hold everything the scores depend on."""
+        """The blocks whose outputs hold all that the scores depend on."""
         return decoder_blocks(model)
 
     def check_embedding_baseline(self, replaced: Tensor) -> None:
-        """Refuse embeddings as the baseline of the `replaced` (length,) positions."""
+        """Refuse embeddings as the baseline of `replaced` (length,) positions; here all may be."""
 
 
 class Adapter(nn.Module, Layout):
-    """Wraps a model so that ``forward(ids)`` of one row of ids gives ``.logits`` to be scored.
+    """Wraps a model so that ``forward(ids)`` of a row of ids returns ``.logits`` to be scored.
 
-    Layers are those of the wrapped model, read and replaced where they are.
+    The layers stay those of the wrapped model, and hooks read and replace them there.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -75,19 +75,19 @@ class Adapter(nn.Module, Layout):
         return getattr(self.model, "config", None)
 
     def get_input_embeddings(self) -> nn.Module | None:
-        return named_by_model(self.model, "get_input_embeddings")
+        return module_from_getter(self.model, "get_input_embeddings")
 
     def get_output_embeddings(self) -> nn.Module | None:
-        return named_by_model(self.model, "get_output_embeddings")
+        return module_from_getter(self.model, "get_output_embeddings")
 
     @abstractmethod
     def logits_after(self, prompts: Sequence[Tensor], fed: Tensor) -> Tensor:
-        """Logits (rows, n_output, …) after prompts of any lengths and the target's `fed` ids."""
+        """Logits (rows, n_output, …) after prompts of any lengths and the `fed` target ids."""
 
 
 _CAUSAL = Layout()
 
 
 def layout_of(model: nn.Module) -> Layout:
-    """The layout of a model: its own where it is an adapter, else a causal one."""
+    """The layout of a model: an adapter describes itself, and other models are causal."""
     return model if isinstance(model, Adapter) else _CAUSAL

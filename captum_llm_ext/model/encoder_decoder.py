@@ -1,8 +1,8 @@
-"""Encoder-decoder models, of translation and summarisation: one row of ids feeds both halves.
+"""Encoder-decoder models, for translation and summarisation: one row of ids feeds both halves.
 
-A row holds the encoder's ids, then the decoder's: its start token and the target but for its last
-token. So prompt (with the start token) and target stand in a row as they do for a causal model,
-and one pass scores all target tokens, the decoder being causal.
+A row holds the encoder's ids, then the decoder's: its start token and the target without its last
+token. Prompt (with the start token) and target then form a row as they do for a causal model. The
+decoder is causal, so one pass scores all target tokens.
 """
 
 from __future__ import annotations
@@ -24,21 +24,22 @@ from captum_llm_ext.model.layers import Site, token_embedding
 class EncoderDecoder(Adapter):
     """An encoder-decoder model on rows whose first `n_encoder` ids are the encoder's.
 
-    start: the id that the decoder starts with.
+    start: the first id of the decoder.
     """
 
-    def __init__(self, model: nn.Module, n_encoder: int, start: int) -> None:
+    def __init__(self, model: Any, n_encoder: int, start: int) -> None:
         super().__init__(model)
         self.n_encoder, self.start = n_encoder, start
-        self.embeddings = TokenEmbeddings(*_halves(model), n_encoder)
+        halves = token_embedding(model.get_encoder()), token_embedding(model.get_decoder())
+        self.embeddings = TokenEmbeddings(*halves, n_encoder)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings
 
     def site(self, site: Site) -> Site:
-        """The model's own token embedding stands for its runs in both halves."""
-        own = site.module is super().get_input_embeddings()
-        return replace(site, module=self.embeddings) if own else site
+        """The model's token embedding means both halves of the row."""
+        is_embedding = site.module is super().get_input_embeddings()
+        return replace(site, module=self.embeddings) if is_embedding else site
 
     def prompt(self, ids: Tensor) -> Tensor:
         return torch.cat([ids, ids.new_tensor([self.start])])
@@ -53,11 +54,9 @@ class EncoderDecoder(Adapter):
         return max(n_prompt - 1, 1 + n_target)
 
     def check_embedding_baseline(self, replaced: Tensor) -> None:
-        encoder, decoder = (
-            half.weight for half in (self.embeddings.encoder, self.embeddings.decoder)
-        )
-        generated = replaced[self.n_encoder :].any()
-        if generated and encoder.data_ptr() != decoder.data_ptr():  # type: ignore[operator]
+        encoder, decoder = self.embeddings.encoder.weight, self.embeddings.decoder.weight
+        in_decoder = replaced[self.n_encoder :].any()
+        if in_decoder and encoder.data_ptr() != decoder.data_ptr():  # type: ignore[operator]
             raise ValueError(
                 "encoder and decoder embed tokens differently here, so no embedding is the "
                 "baseline of both: with include_generated=True give a token id as the baseline"
@@ -65,14 +64,14 @@ class EncoderDecoder(Adapter):
 
     def forward(self, ids: Tensor, output_attentions: bool = False) -> Any:
         encoder_ids, decoder_ids = self.embeddings.split(ids)
-        # Embedded here, in one module, so that both halves are read and replaced as one layer.
+        # One module embeds both halves, so that hooks read and replace them as one layer.
         with _embedded_as(self.embeddings, ids, self.embeddings(ids)):
             mask = torch.ones_like(encoder_ids)
             options = {"output_attentions": True} if output_attentions else {}
             return self._run(encoder_ids, mask, decoder_ids, **options)
 
     def logits_after(self, prompts: Sequence[Tensor], fed: Tensor) -> Tensor:
-        """The encoder's ids are padded on the right, and masked, since every position looks."""
+        """The encoder's ids are padded on the right, and masked since all positions see them."""
         ids = pad_sequence([prompt[:-1] for prompt in prompts], batch_first=True)
         lengths = torch.tensor([len(prompt) - 1 for prompt in prompts], device=ids.device)
         mask = (torch.arange(ids.size(1), device=ids.device) < lengths[:, None]).long()
@@ -91,7 +90,10 @@ class EncoderDecoder(Adapter):
 
 
 class TokenEmbeddings(nn.Module):
-    """The embeddings of a whole row, (rows, length, hidden): the encoder's, then the decoder's."""
+    """The embeddings (rows, length, hidden) of whole rows: the encoder's, then the decoder's.
+
+    encoder, decoder: the token embeddings of each, which may be one module.
+    """
 
     def __init__(self, encoder: nn.Module, decoder: nn.Module, n_encoder: int) -> None:
         super().__init__()
@@ -112,7 +114,7 @@ class TokenEmbeddings(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         encoder_ids, decoder_ids = self.split(ids)
-        # Not by calling them: hooks of layers are to see the model's own calls alone.
+        # No call of the modules: hooks of layers must see the calls of the model alone.
         halves = self.encoder.forward(encoder_ids), self.decoder.forward(decoder_ids)
         return torch.cat(halves, dim=1)
 
@@ -121,41 +123,36 @@ class TokenEmbeddings(nn.Module):
 def _embedded_as(embeddings: TokenEmbeddings, ids: Tensor, embedded: Tensor) -> Iterator[None]:
     """Let the model take the embeddings of `ids` from `embedded` (rows, length, hidden).
 
-    One module may serve both halves, and then the encoder, which runs first, has the first call.
+    One module may embed for both halves. The encoder runs first, so the first call is then its.
     """
     halves = (embeddings.encoder, embeddings.decoder)
-    waiting = list(zip(halves, embeddings.split(ids), embeddings.split(embedded), strict=True))
+    expected = list(zip(halves, embeddings.split(ids), embeddings.split(embedded), strict=True))
 
-    def put(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        for i, (half, own_ids, part) in enumerate(waiting):
-            if half is module and args and is_ids(args[0], own_ids):
-                del waiting[i]
-                return part
+    def replace_output(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        for i, (half, half_ids, half_embedded) in enumerate(expected):
+            if half is module and args and is_ids(args[0], half_ids):
+                del expected[i]
+                return half_embedded
         return output
 
     with ExitStack() as stack:
         for module in dict.fromkeys(halves):
-            stack.callback(module.register_forward_hook(put, prepend=True).remove)
+            stack.callback(module.register_forward_hook(replace_output, prepend=True).remove)
         yield
-    if waiting:
+    if expected:
         raise ValueError(
-            f"{type(waiting[0][0]).__name__} does not embed the ids that the model is given, so "
+            f"{type(expected[0][0]).__name__} does not embed the ids that the model is given, so "
             "nothing can be attributed to its input embeddings"
         )
 
 
-def _halves(model: Any) -> tuple[nn.Module, nn.Module]:
-    """The token embeddings of encoder and decoder, one module or two."""
-    return token_embedding(model.get_encoder()), token_embedding(model.get_decoder())
-
-
 def decoder_start(model: nn.Module) -> int:
-    """The id that the decoder starts with, of the model's configuration."""
+    """The first id of the decoder, by the model's configuration."""
     for name in ("config", "generation_config"):
         start = getattr(getattr(model, name, None), "decoder_start_token_id", None)
         if isinstance(start, int):
             return start
     raise ValueError(
         f"{type(model).__name__} does not say which token its decoder starts with: set "
-        "model.config.decoder_start_token_id (of T5 it is the pad token, of BART the eos token)"
+        "model.config.decoder_start_token_id (T5's is the pad token, BART's the eos token)"
     )

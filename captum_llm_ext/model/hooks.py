@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
@@ -11,16 +11,38 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from captum_llm_ext.model.layers import Site, named_by_model, output_head
+from captum_llm_ext.model.layers import Site, module_from_getter, output_head
 
-Change = Callable[[Tensor], Tensor]
+Change = Callable[[Site, Tensor], Tensor]
+
+
+# --- the model's modes ---------------------------------------------------------------------------
 
 
 @contextmanager
-def frozen_parameters(model: nn.Module) -> Iterator[None]:
-    """No gradients for weights: they cost time and memory, and attribution does not use them."""
+def patched(patches: Iterable[tuple[nn.Module, str, Any]]) -> Iterator[None]:
+    """Set attributes of modules; each patch is (module, name, value)."""
+    patches, unset = list(patches), object()
+    before = [vars(module).get(name, unset) for module, name, _ in patches]
+    try:
+        for module, name, value in patches:
+            setattr(module, name, value)
+        yield
+    finally:
+        for (module, name, _), value in zip(patches, before, strict=True):
+            if value is unset:
+                vars(module).pop(name, None)
+            else:
+                setattr(module, name, value)  # such as the `forward` that accelerate puts there
+
+
+@contextmanager
+def differentiable(model: nn.Module) -> Iterator[None]:
+    """Gradients of activations and not of weights, in whatever mode the caller is.
+
+    Gradients of weights cost time and memory, and attribution does not use them.
+    """
     # By name, since offloading replaces the parameter of a layer as it runs.
     trainable = [
         (module, name)
@@ -28,31 +50,25 @@ def frozen_parameters(model: nn.Module) -> Iterator[None]:
         for name, parameter in module.named_parameters(recurse=False)
         if parameter.requires_grad
     ]
-    try:
-        for module, name in trainable:
-            getattr(module, name).requires_grad_(False)
-        yield
-    finally:
-        for module, name in trainable:
-            getattr(module, name).requires_grad_(True)
+    with torch.inference_mode(False), torch.enable_grad(), without_checkpointing(model):
+        try:
+            for module, name in trainable:
+                getattr(module, name).requires_grad_(False)
+            yield
+        finally:
+            for module, name in trainable:
+                getattr(module, name).requires_grad_(True)
 
 
-@contextmanager
-def without_checkpointing(model: nn.Module) -> Iterator[None]:
-    """No gradient checkpointing: inside it hooks see no gradients."""
+def without_checkpointing(model: nn.Module) -> AbstractContextManager[None]:
+    """No gradient checkpointing: hooks inside a checkpoint see no gradients."""
     modules = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False) is True]
-    try:
-        for module in modules:
-            module.gradient_checkpointing = False  # type: ignore[assignment]
-        yield
-    finally:
-        for module in modules:
-            module.gradient_checkpointing = True  # type: ignore[assignment]
+    return patched((module, "gradient_checkpointing", False) for module in modules)
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """No dropout: every module in evaluation mode for a while."""
+    """Every module in evaluation mode, and so no dropout."""
     training = [module for module in model.modules() if module.training]
     try:
         model.eval()
@@ -60,6 +76,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+# --- layers --------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -77,82 +96,17 @@ def reading(sites: Sequence[Site]) -> Iterator[dict[Site, Tensor]]:
         values[site] = tensor if tensor.requires_grad else tensor.detach().requires_grad_()
         return values[site].clone()
 
-    with ExitStack() as stack:
-        for site in sites:
-            stack.callback(_attach(site, partial(record, site)).remove)
+    with changing(sites, record):
         yield values
 
 
-def _runs_again(site: Site) -> ValueError:
-    return ValueError(
-        f"layer {site.name!r} runs more than once in a forward pass, so its attribution is not "
-        "defined; choose one that runs once, e.g. a decoder block"
-    )
-
-
-@contextmanager
-def writing(values: Mapping[Site, Tensor]) -> Iterator[None]:
+def writing(values: Mapping[Site, Tensor]) -> AbstractContextManager[None]:
     """Put `values` (rows, sequence, …) in place of what the sites hold."""
 
-    def write(value: Tensor, tensor: Tensor) -> Tensor:
-        return value.to(tensor, copy=True).reshape(-1, *tensor.shape[1:])
+    def write(site: Site, tensor: Tensor) -> Tensor:
+        return values[site].to(tensor, copy=True).reshape(-1, *tensor.shape[1:])
 
-    with ExitStack() as stack:
-        for site, value in values.items():
-            stack.callback(_attach(site, partial(write, value)).remove)
-        yield
-
-
-@contextmanager
-def replaying(blocks: Sequence[nn.Module], state: Any, rows: int) -> Iterator[None]:
-    """Let `blocks` return the stored `state` of the last one, over `rows` rows, without running."""
-    unset = object()
-    forwards = [(block, block.__dict__.get("forward", unset)) for block in blocks]
-    try:
-        for block in blocks:
-            block.forward = lambda *args, **kwargs: _expand(state, rows)
-        yield
-    finally:
-        for block, forward in forwards:
-            if forward is unset:
-                block.__dict__.pop("forward", None)
-            else:
-                block.forward = forward  # e.g. the wrapper that accelerate puts there
-
-
-@dataclass
-class HeadInput:
-    """The hidden states that the output head reads: `below` has the graph, `above` is a leaf."""
-
-    below: Tensor | None = None
-    above: Tensor | None = None
-
-
-@contextmanager
-def split_at_head(model: nn.Module, sites: Sequence[Site] = ()) -> Iterator[HeadInput]:
-    """Cut the graph at the input of the output head, so that the head is walked back only once.
-
-    A token's score depends on one position of the head's input, so one backward gives the
-    gradients there for all target tokens. The graph stays whole where one of the `sites`, whose
-    gradients are to be taken, lies in the head. The copy to a contiguous tensor matters too: on a
-    slice the product falls back to a far slower one.
-    """
-    split, head = HeadInput(), output_head(model)
-    keep_graph = head is not None and any(s.module in set(head.modules()) for s in sites)
-
-    def cut(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        hidden = args[0].contiguous()
-        if keep_graph or not hidden.requires_grad:
-            return (hidden, *args[1:])
-        split.below, split.above = hidden, hidden.detach().requires_grad_()
-        return (split.above, *args[1:])
-
-    hook = head.register_forward_pre_hook(cut) if head is not None else None
-    try:
-        yield split
-    finally:
-        if hook is not None:
-            hook.remove()
+    return changing(values, write)
 
 
 @dataclass
@@ -171,6 +125,14 @@ def tracing(
     """Record each site's state, and the outputs of the `blocks` in the order in which they ran."""
     states: dict[Site, LayerState] = {}
     outputs: list[Any] = []
+
+    def record(site: Site, tensor: Tensor) -> Tensor:
+        depends = tensor.requires_grad or not leaves
+        if depends and site in states:
+            raise _runs_again(site)
+        states[site] = LayerState(tensor.detach().clone(), depends, len(outputs))
+        return tensor
+
     with ExitStack() as stack:
         leaves = stack.enter_context(embedding_leaves(model, ids))
         for block in blocks:
@@ -178,22 +140,29 @@ def tracing(
                 lambda _, __, output: outputs.append(_map_tensors(output, Tensor.detach))
             )
             stack.callback(hook.remove)
-
-        def record(site: Site, tensor: Tensor) -> Tensor:
-            depends = tensor.requires_grad or not leaves
-            if depends and site in states:
-                raise _runs_again(site)
-            states[site] = LayerState(tensor.detach().clone(), depends, len(outputs))
-            return tensor
-
-        for site in sites:
-            stack.callback(_attach(site, partial(record, site)).remove)
+        stack.enter_context(changing(sites, record))
         yield states, outputs
+
+
+def replaying(blocks: Sequence[nn.Module], state: Any, rows: int) -> AbstractContextManager[None]:
+    """Let `blocks` return the stored `state` of the last one, over `rows` rows, without running."""
+
+    def over_rows(tensor: Tensor) -> Tensor:
+        one_row = tensor.dim() and tensor.size(0) == 1
+        return tensor.expand(rows, *tensor.shape[1:]).clone() if one_row else tensor
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return _map_tensors(state, over_rows)
+
+    return patched((block, "forward", forward) for block in blocks)
+
+
+# --- embeddings and output head ------------------------------------------------------------------
 
 
 @contextmanager
 def embedding_leaves(model: nn.Module, ids: Tensor) -> Iterator[list[Tensor]]:
-    """Let gradients start at the embeddings of `ids`, which says what depends on the tokens."""
+    """Let gradients start at the embeddings of `ids`: they show which layers see the tokens."""
     leaves: list[Tensor] = []
 
     def make_leaf(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
@@ -205,7 +174,7 @@ def embedding_leaves(model: nn.Module, ids: Tensor) -> Iterator[list[Tensor]]:
         return leaf
 
     with ExitStack() as stack:
-        named = named_by_model(model, "get_input_embeddings")
+        named = module_from_getter(model, "get_input_embeddings")
         for module in (m for m in model.modules() if isinstance(m, nn.Embedding) or m is named):
             stack.callback(module.register_forward_hook(make_leaf).remove)
         yield leaves
@@ -220,71 +189,108 @@ def is_ids(tensor: Any, ids: Tensor) -> bool:
     )
 
 
-def _attach(site: Site, change: Change) -> RemovableHandle:
-    if not site.at_input:
-        return site.module.register_forward_hook(
-            lambda module, args, output: _change_output(output, change, site)
-        )
-    return site.module.register_forward_pre_hook(
-        lambda module, args, kwargs: _change_input(args, kwargs, change, site), with_kwargs=True
-    )
+@dataclass
+class HeadInput:
+    """The hidden states that the output head reads: `below` has the graph, `above` is a leaf."""
+
+    below: Tensor | None = None
+    above: Tensor | None = None
 
 
-def _change_output(output: Any, change: Change, site: Site) -> Any:
-    """Change the first floating-point tensor of a layer's output."""
-    if _is_float(output):
-        return change(output)
+@contextmanager
+def split_at_head(model: nn.Module, sites: Sequence[Site] = ()) -> Iterator[HeadInput]:
+    """Cut the graph at the input of the output head, so that backwards walk the head only once.
+
+    A token's score depends on one position of the head's input, so one backward gives the
+    gradients there for all target tokens. The graph stays whole where one of the `sites`, whose
+    gradients will be taken, lies in the head. The copy to a contiguous tensor matters too: on a
+    slice the product falls back to a far slower one.
+    """
+    split, head = HeadInput(), output_head(model)
+    keep_graph = head is not None and any(s.module in set(head.modules()) for s in sites)
+
+    def cut(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden = args[0].contiguous()
+        if keep_graph or not hidden.requires_grad:
+            return (hidden, *args[1:])
+        split.below, split.above = hidden, hidden.detach().requires_grad_()
+        return (split.above, *args[1:])
+
+    with ExitStack() as stack:
+        if head is not None:
+            stack.callback(head.register_forward_pre_hook(cut).remove)
+        yield split
+
+
+# --- the tensor of a site ------------------------------------------------------------------------
+
+
+@contextmanager
+def changing(sites: Iterable[Site], change: Change) -> Iterator[None]:
+    """Let the model go on with `change(site, tensor)` in place of the tensor at each site.
+
+    That is the first floating-point tensor in the layer's output, or among its arguments.
+    """
+    with ExitStack() as stack:
+        for site in sites:
+            if site.at_input:
+                on_input = partial(_change_input, site, change)
+                hook = site.module.register_forward_pre_hook(on_input, with_kwargs=True)
+            else:
+                hook = site.module.register_forward_hook(partial(_change_output, site, change))
+            stack.callback(hook.remove)
+        yield
+
+
+def _change_output(site: Site, change: Change, _module: nn.Module, _args: Any, output: Any) -> Any:
+    if isinstance(output, Tensor) and output.is_floating_point():
+        return change(site, output)
     if isinstance(output, tuple | list):
-        index, items = _first_float(enumerate(output), site), list(output)
-        items[index] = change(items[index])
+        items = list(output)
+        index = _first_float(site, enumerate(items))
+        items[index] = change(site, items[index])
         return type(output)(items)
-    if isinstance(output, Mapping):
-        changed, key = copy(output), _first_float(output.items(), site)
-        changed[key] = change(output[key])  # type: ignore[index]
-        return changed
-    raise ValueError(_no_tensor(site))
+    key = _first_float(site, output.items() if isinstance(output, Mapping) else ())
+    changed = copy(output)
+    changed[key] = change(site, output[key])
+    return changed
 
 
 def _change_input(
-    args: tuple[Any, ...], kwargs: dict[str, Any], change: Change, site: Site
+    site: Site, change: Change, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Change the first floating-point tensor that a layer is called with."""
-    if any(_is_float(arg) for arg in args):
-        return _change_output(args, change, site), kwargs
-    key = "hidden_states" if _is_float(kwargs.get("hidden_states")) else None
-    key = key or _first_float(kwargs.items(), site)
-    return args, {**kwargs, key: change(kwargs[key])}
+    # Positional arguments come first, then the hidden states, then other keywords.
+    named = {"hidden_states": None, **kwargs}
+    key = _first_float(site, [*enumerate(args), *named.items()])
+    if isinstance(key, int):
+        return (*args[:key], change(site, args[key]), *args[key + 1 :]), kwargs
+    return args, {**kwargs, key: change(site, kwargs[key])}
 
 
-def _first_float(items: Any, site: Site) -> Any:
+def _first_float(site: Site, items: Iterable[tuple[Any, Any]]) -> Any:
+    """The key of the first floating-point tensor."""
     for key, value in items:
-        if _is_float(value):
+        if isinstance(value, Tensor) and value.is_floating_point():
             return key
-    raise ValueError(_no_tensor(site))
-
-
-def _is_float(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
-
-
-def _no_tensor(site: Site) -> str:
-    where = "input" if site.at_input else "output"
-    other = "output (attribute_to_layer_input=False)" if site.at_input else "input"
-    return (
+    where, other = ("input", "output") if site.at_input else ("output", "input")
+    option = " (attribute_to_layer_input=False)" if site.at_input else ""
+    raise ValueError(
         f"expected a floating-point tensor in the {where} of layer {site.name!r}, got none; "
-        f"attribute to its {other} or to another layer"
+        f"attribute to its {other}{option} or to another layer"
     )
 
 
-def _expand(state: Any, rows: int) -> Any:
-    return _map_tensors(
-        state, lambda t: t.expand(rows, *t.shape[1:]).clone() if t.dim() and t.size(0) == 1 else t
-    )
-
-
-def _map_tensors(state: Any, change: Change) -> Any:
+def _map_tensors(state: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Change every tensor of a block's output."""
     if isinstance(state, Tensor):
         return change(state)
     if isinstance(state, tuple | list):
         return type(state)(_map_tensors(item, change) for item in state)
     return state
+
+
+def _runs_again(site: Site) -> ValueError:
+    return ValueError(
+        f"layer {site.name!r} runs more than once in a forward pass, so its attribution is not "
+        "defined; choose one that runs once, e.g. a decoder block"
+    )

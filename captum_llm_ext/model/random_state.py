@@ -1,4 +1,4 @@
-"""Random draws that are the same in every run."""
+"""Random draws that are the same in every run, or that leave no trace."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ import torch
 
 @contextmanager
 def seeded(*seeds: int) -> Iterator[None]:
-    """What torch, numpy and Python draw inside depends on the seeds alone.
+    """Let what torch, numpy and Python draw depend on the seeds alone.
 
-    Generators of the CPU are put back as they were; those of a GPU stay as they are left.
+    The generators of the CPU are as before on leaving; those of a GPU stay where the draws left
+    them.
     """
-    seed = _combined(seeds)
+    # One seed of 32 bits, which is what numpy takes; neighbouring seeds share nothing in it.
+    seed = int.from_bytes(hashlib.sha256(repr(seeds).encode()).digest()[:4], "big")
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         random.seed(seed)
@@ -32,7 +34,7 @@ def seeded(*seeds: int) -> Iterator[None]:
 
 @contextmanager
 def same_random_state() -> Iterator[None]:
-    """What is drawn inside is drawn again afterwards: by torch, numpy and Python."""
+    """Let torch, numpy and Python draw afterwards what they draw inside."""
     python, numpy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng():
@@ -40,8 +42,3 @@ def same_random_state() -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
-
-
-def _combined(seeds: tuple[int, ...]) -> int:
-    """One seed of 32 bits, as numpy wants it; neighbours share nothing."""
-    return int.from_bytes(hashlib.sha256(repr(seeds).encode()).digest()[:4], "big")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from captum_llm_ext.compat import CaptumTextTemplateInput, ImageMaskInput, InterpretableInput
 from captum_llm_ext.inputs.baselines import BaselineSpec
 from captum_llm_ext.inputs.features import prompt_ids
-from captum_llm_ext.inputs.templates import check_template, drawn
+from captum_llm_ext.inputs.templates import check_template, with_drawn_baselines
 from captum_llm_ext.inputs.tokens import with_baselines
 from captum_llm_ext.model.layers import input_device
 from captum_llm_ext.perturbations.scorer import Prompt, PromptScorer
@@ -74,7 +74,7 @@ class MaskedPrompts:
     def drawn(self) -> MaskedPrompts:
         """The same with a callable baseline drawn once, for all masks."""
         task = self.scorer.prepared.task
-        return replace(self, inp=task.perturbed(drawn(self.inp), self.tokenizer))
+        return replace(self, inp=task.perturbed(with_drawn_baselines(self.inp), self.tokenizer))
 
     def prompts(self, masks: Tensor) -> list[Prompt]:
         """The prompts of masks (n_rows, n_features)."""

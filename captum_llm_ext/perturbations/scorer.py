@@ -19,8 +19,8 @@ from captum_llm_ext.inputs.targets import Target
 from captum_llm_ext.model.adapter import Adapter, layout_of
 from captum_llm_ext.model.layers import accepts, output_head
 from captum_llm_ext.model.memory import Halving, free_bytes
-from captum_llm_ext.model.prefix_cache import PrefixCache, can_be_cut
-from captum_llm_ext.model.quantized import quantizes_activations
+from captum_llm_ext.model.prefix_cache import PrefixCache, can_be_cropped
+from captum_llm_ext.model.quantized import quantization_of
 from captum_llm_ext.scoring.checks import check_context
 from captum_llm_ext.scoring.preparation import FEWEST_REUSED, Prepared
 from captum_llm_ext.scoring.teacher_forcing import (
@@ -102,9 +102,13 @@ class PromptScorer:
         return torch.stack([self._alone(prompt, advance) for prompt in prompts])
 
     def _ways(self) -> Iterator[Callable[..., Tensor]]:
-        if not self.prepared.causal or not self._takes_rows() or quantizes_activations(self.model):
+        if (
+            not self.prepared.causal
+            or not self._takes_rows()
+            or quantization_of(self.model).rounds_inputs
+        ):
             return
-        if can_be_cut(self.probe.cache):
+        if can_be_cropped(self.probe.cache):
             length = self.forcing.row.length
             cache = PrefixCache(self.model, self.reference, self.probe.cache, length)
             yield partial(self._in_batches, cache=cache)

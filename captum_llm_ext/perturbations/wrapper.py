@@ -19,7 +19,7 @@ from captum_llm_ext.compat import (
 )
 from captum_llm_ext.inputs.baselines import BaselineSpec
 from captum_llm_ext.inputs.targets import PERTURBATION_TARGETS, check_attr_target
-from captum_llm_ext.model.quantized import quietly
+from captum_llm_ext.model.quantized import quiet_bitsandbytes
 from captum_llm_ext.perturbations.captum_methods import CaptumMethod, check_needs
 from captum_llm_ext.perturbations.masked_prompts import (
     InspectForward,
@@ -216,7 +216,7 @@ class LLMAttribution(CaptumLLMAttribution):
         self.check_options(kwargs)
         self._check_input(inp)
         request = Request(target, gen_args, contrast_target, self.attr_target, skip_tokens)
-        with torch.inference_mode(False), torch.no_grad(), quietly():
+        with torch.inference_mode(False), torch.no_grad(), quiet_bitsandbytes():
             if isinstance(inp, ImageMaskInput):
                 masked: Any = self._masked_picture(inp, request, baselines, _inspect_forward)
             else:

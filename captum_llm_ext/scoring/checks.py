@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from captum_llm_ext.inputs.targets import Target
 from captum_llm_ext.model.adapter import layout_of
 from captum_llm_ext.model.hooks import embedding_leaves, reading
-from captum_llm_ext.model.layers import Site, decoder_blocks, known_token_embedding
-from captum_llm_ext.model.quantized import quantized_layers, quantizes_activations
+from captum_llm_ext.model.layers import Site, decoder_blocks, find_token_embedding
+from captum_llm_ext.model.quantized import quantization_of
 from captum_llm_ext.model.random_state import same_random_state
 from captum_llm_ext.scoring.teacher_forcing import Pass, TeacherForcing
 from captum_llm_ext.warning import warn
@@ -21,7 +21,7 @@ from captum_llm_ext.warning import warn
 
 def check_ids(forcing: TeacherForcing) -> None:
     """Refuse token ids that the model has no embedding for."""
-    size = getattr(known_token_embedding(forcing.model), "num_embeddings", None)
+    size = getattr(find_token_embedding(forcing.model), "num_embeddings", None)
     target = forcing.target
     ids = [forcing.prompt_ids[0]]
     if not target.of_positions:
@@ -70,7 +70,7 @@ def warn_of_low_precision(precision: torch.dtype, sites: Sequence[Site], model: 
 
     On a real model its attribution in bfloat16 had nothing in common with that in float32.
     """
-    embedding = known_token_embedding(model)
+    embedding = find_token_embedding(model)
     low = precision in (torch.bfloat16, torch.float16)
     if low and any(site.module is embedding for site in sites):
         warn(
@@ -94,7 +94,7 @@ def check_causal(forcing: TeacherForcing, probe: Pass, product: bool = True) -> 
     product: whether a product of probabilities must come from one pass.
     """
     check_finite(probe)
-    if quantizes_activations(forcing.model):
+    if quantization_of(forcing.model).rounds_inputs:
         warn(
             "8-bit layers round their input by what else is in the pass, so the model's own scores "
             "depend slightly on later tokens and other rows: all target tokens are scored in one "
@@ -121,7 +121,7 @@ def check_gradients(forcing: TeacherForcing) -> None:
     A linear layer f with bias b = f(0) has ‖f(x) − b‖² = ⟨fᵀ(f(x) − b), x⟩, fᵀ its backward.
     Then one backward from the score must reach the embeddings and every block.
     """
-    layers = quantized_layers(forcing.model)
+    layers = quantization_of(forcing.model).layers
     if not layers:
         return
     for name, x in _last_inputs(forcing, layers).items():

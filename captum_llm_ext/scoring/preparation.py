@@ -12,7 +12,7 @@ from captum_llm_ext.inputs.features import Features
 from captum_llm_ext.model.adapter import Adapter
 from captum_llm_ext.model.hooks import evaluating
 from captum_llm_ext.model.layers import accepts
-from captum_llm_ext.model.prefix_cache import PrefixCache, can_be_cut
+from captum_llm_ext.model.prefix_cache import PrefixCache, can_be_cropped
 from captum_llm_ext.scoring.checks import check_causal, check_context, check_ids, warn_of_dropout
 from captum_llm_ext.scoring.tasks import Request, Task, task_of
 from captum_llm_ext.scoring.teacher_forcing import Pass, TeacherForcing
@@ -63,7 +63,7 @@ class Prepared:
 
     def _with_prefix(self, n_cached: int) -> Prepared:
         """The same with the first `n_cached` tokens from the probe's cache, where that is right."""
-        if self.probe is None or not self.causal or not can_be_cut(self.probe.cache):
+        if self.probe is None or not self.causal or not can_be_cropped(self.probe.cache):
             return self
         forcing = self.forcing
         ids, length = forcing.prompt_ids[0], forcing.row.length

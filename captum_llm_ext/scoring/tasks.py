@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from captum_llm_ext.compat import InterpretableInput
-from captum_llm_ext.inputs.features import places_kept
+from captum_llm_ext.inputs.features import with_fixed_positions
 from captum_llm_ext.inputs.targets import (
     Target,
     contrast_ids,
@@ -24,14 +24,14 @@ from captum_llm_ext.inputs.targets import (
     without_tokens,
 )
 from captum_llm_ext.model.adapter import CAUSAL, QA, SEQ2SEQ, kind_of
-from captum_llm_ext.model.answer_span import (
-    AnswerSpan,
-    checked_positions,
-    context_span,
-    find_answer,
-    predicted_answer,
-)
 from captum_llm_ext.model.encoder_decoder import EncoderDecoder, decoder_start
+from captum_llm_ext.model.question_answering import (
+    QuestionAnswering,
+    checked_positions,
+    find_answer,
+    find_context,
+    predict_answer,
+)
 from captum_llm_ext.scoring.teacher_forcing import TeacherForcing
 
 
@@ -91,15 +91,15 @@ def _qa(model: nn.Module, tokenizer: Any, prompt: Tensor, request: Request) -> T
     if request.skip_tokens:
         raise ValueError("skip_tokens leaves tokens out of a text, and an answer is two positions")
     ids = prompt[0]
-    adapter = AnswerSpan(model, context_span(ids, tokenizer))
+    adapter = QuestionAnswering(model, find_context(ids, tokenizer))
 
     def positions(answer: Any) -> Tensor:
         if isinstance(answer, str):
-            return find_answer(ids, adapter.context_at, answer, tokenizer)
+            return find_answer(ids, adapter.context_span, answer, tokenizer)
         return checked_positions(answer, len(ids)).to(ids.device)
 
     predicted = request.target is None
-    answer = predicted_answer(adapter, ids) if predicted else positions(request.target)
+    answer = predict_answer(adapter, ids) if predicted else positions(request.target)
     contrast = None if request.contrast is None else positions(request.contrast)
     return TeacherForcing(
         adapter, prompt, Target(answer, request.attr_target, contrast, of_positions=True)
@@ -160,6 +160,6 @@ TASKS: dict[str, Task] = {
     for task in (
         Task(CAUSAL, _causal, _token_names),
         Task(SEQ2SEQ, _seq2seq, _token_names),
-        Task(QA, _qa, _ends, places_kept),
+        Task(QA, _qa, _ends, with_fixed_positions),
     )
 }

@@ -17,7 +17,7 @@ from captum_llm_ext.model.hooks import HeadInput, embedding_leaves, split_at_hea
 from captum_llm_ext.model.layers import Site, accepts
 from captum_llm_ext.model.memory import counting_saved_bytes
 from captum_llm_ext.model.prefix_cache import PrefixCache
-from captum_llm_ext.model.quantized import computes_in
+from captum_llm_ext.model.quantized import quantization_of
 from captum_llm_ext.scoring.positions import Row, TargetSpan
 
 # What a pass costs besides its tokens, in tokens: every pass reads all the weights once.
@@ -58,7 +58,7 @@ class TeacherForcing:
     @cached_property
     def precision(self) -> torch.dtype | None:
         """The dtype that products are computed in, where it is not the model's own."""
-        return self.dtype or computes_in(self.model)
+        return self.dtype or quantization_of(self.model).compute_dtype
 
     def fed(self, span: TargetSpan) -> Tensor:
         """The ids (1, n_fed) that the model is fed to score the span."""

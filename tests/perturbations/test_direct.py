@@ -197,9 +197,11 @@ def test_nearest_tokens_of_a_vocabulary_in_parts(
     hook = model.get_input_embeddings().register_forward_hook(
         lambda _, args, __: embedded.append(args[0].numel())
     )
-    found = baselines.nearest_ids(torch.tensor(ids), rank, model)
+    absent = torch.ones(len(ids)).bool()
+    tokens = baselines.AbsentTokens(torch.tensor(ids), absent, tiny_tokenizer(), model)
+    nearest = baselines.nearest_ids(rank, tokens)
     hook.remove()
-    assert found.tolist() == nearest_by_hand(model, ids, rank)
+    assert nearest.tolist() == nearest_by_hand(model, ids, rank)
     assert max(embedded) == at_once
 
 
