@@ -185,6 +185,12 @@ def weights_by_hand(model: nn.Module, family: str, layer: int, ids: Tensor) -> T
 @torch.no_grad()
 def norms_by_hand(model: nn.Module, family: str, layer: int, ids: Tensor) -> Tensor:
     """‖(x W_V + b_V) W_O‖ of every head, (n_heads, length)."""
+    return carried_by_hand(model, family, layer, ids).square().sum(-1).sqrt()
+
+
+@torch.no_grad()
+def carried_by_hand(model: nn.Module, family: str, layer: int, ids: Tensor) -> Tensor:
+    """(x W_V + b_V) W_O of every head, (n_heads, length, hidden)."""
     module = attention_module(model, family, layer)
     _, _, value = _query_key_value(family, module, read_by_attention(model, family, layer, ids))
     value = value.repeat_interleave(N_HEADS // len(value), 0)
@@ -193,11 +199,25 @@ def norms_by_hand(model: nn.Module, family: str, layer: int, ids: Tensor) -> Ten
     else:
         out = (module.dense if family == "gpt_neox" else module.o_proj).weight.T
     return torch.stack(
-        [
-            (value[head] @ out[head * HEAD_DIM : (head + 1) * HEAD_DIM]).square().sum(-1).sqrt()
-            for head in range(N_HEADS)
-        ]
+        [value[head] @ out[head * HEAD_DIM : (head + 1) * HEAD_DIM] for head in range(N_HEADS)]
     )
+
+
+@torch.no_grad()
+def parts_by_hand(model: nn.Module, family: str, layer: int, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """What enters a block (length, hidden), and what each head adds at i from j.
+
+    The second is (length, n_heads, length, hidden): α_hij (v_hj W_h), after Gemma's norm of the
+    sum, whose root mean square counts as a constant.
+    """
+    states = model(ids[None], output_hidden_states=True).hidden_states[layer][0]
+    weights = weights_by_hand(model, family, layer, ids)
+    parts = torch.einsum("hij,hjk->ihjk", weights, carried_by_hand(model, family, layer, ids))
+    if family in ("gemma2", "gemma3"):
+        norm = model.get_submodule(f"model.layers.{layer}.post_attention_layernorm")
+        mean_square = parts.sum((1, 2)).square().mean(-1) + norm.eps
+        parts = parts / mean_square.sqrt()[:, None, None, None] * (1 + norm.weight)
+    return states, parts
 
 
 def _query_key_value(family: str, module: Any, x: Tensor) -> Sequence[Tensor]:
