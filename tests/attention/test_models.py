@@ -1,4 +1,4 @@
-"""Reading attention leaves the model as it was, refuses what it cannot read, and has a name."""
+"""Reading attention leaves the model as it was, and refuses what it cannot read."""
 
 from __future__ import annotations
 
