@@ -91,7 +91,7 @@ def number_of_tokens(line: Line, tokenizer: Any, by: str, roles: Sequence[str]) 
     try:
         inp = read_prompt(line, tokenizer, by, roles, None).inp
         return len(prompt_ids(inp, None, tokenizer, "cpu"))
-    except Exception:  # whatever it is, the line's record will tell
+    except Exception:  # the record of the line will say what is wrong
         return 0
 
 

@@ -11,6 +11,7 @@ import argparse
 import json
 from argparse import SUPPRESS, ArgumentTypeError, BooleanOptionalAction
 from contextlib import suppress
+from functools import partial
 from typing import Any, NoReturn
 
 from captum_llm_ext.registry import CHOICES, METHODS
@@ -148,7 +149,8 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
     for name, methods in _methods_by_setting().items():
         values = {"choices": CHOICES[name]} if name in CHOICES else {"type": _value}
         with suppress(argparse.ArgumentError):  # written out above
-            add(_flag(name), help=f"setting of {', '.join(methods)}", **values)
+            flag = "--" + name.replace("_", "-")
+            add(flag, help=f"setting of {', '.join(methods)}", **values)
     _add_path_arguments(parser)
     _add_work_arguments(parser)
 
@@ -243,20 +245,13 @@ def _methods_by_setting() -> dict[str, list[str]]:
     return methods
 
 
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _whole(text: str) -> int:
-    if not text.isdecimal():
-        raise ArgumentTypeError(f"expected a whole number, got {text!r}")
+def _whole(text: str, least: int = 0) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise ArgumentTypeError(f"expected a whole number of at least {least}, got {text!r}")
     return int(text)
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
+_positive = partial(_whole, least=1)
 
 
 def _baseline(text: str) -> int | str:

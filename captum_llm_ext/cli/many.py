@@ -50,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run(arguments: dict[str, Any]) -> None:
-    """Load the model, attribute all prompts, and tell how many have a result."""
+    """Load the model, attribute all prompts, and print how many have a result."""
     model, tokenizer = load(arguments)
 
     from captum_llm_ext.batches.run import batch

@@ -62,7 +62,7 @@ def _has_layers(result: Any) -> bool:
 
 
 def _file(text: str) -> Path:
-    """A path that can be written: a mistake is told before the work, not after a long run."""
+    """A path that can be written, checked before a long run and not after it."""
     path = Path(text)
     if path.suffix.lower() not in OUTPUTS:
         raise argparse.ArgumentTypeError(

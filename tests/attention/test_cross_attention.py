@@ -71,7 +71,7 @@ def test_equals_the_models_own_output(family: str, count: int) -> None:
 
 @pytest.mark.parametrize("family", ["bart", "marian"])
 def test_equals_queries_times_keys(family: str) -> None:
-    """Worked out from the weights, with nothing of the model's own attention."""
+    """Computed from the weights, without the attention of the model itself."""
     model: Any = tiny_seq2seq(family)
     inp, target = prompt_input(), target_of(3)
     layer = model.get_submodule(MODULES[family].format(1))

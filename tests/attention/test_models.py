@@ -1,4 +1,4 @@
-"""Reading attention leaves the model as it was, refuses what it cannot read, and has a name."""
+"""Reading attention leaves the model as it was, and refuses what it cannot read."""
 
 from __future__ import annotations
 
@@ -297,12 +297,22 @@ def test_command_line(run: Any) -> None:
     assert "layers.3" in out or "3 self_attn" in out
 
 
+def test_the_sequence_alone_from_the_command_line(run: Any) -> None:
+    code, out, _ = run("--method", "attention", "--sequence-only")
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    wrapper = LLMAttentionAttribution(model, tokenizer)
+    inp = TextTokenInput(PROMPT, tokenizer)
+    result = wrapper.attribute(inp, TARGET, include_per_token_attr=False)
+    assert (code, result.token_attr) == (0, None)
+    assert out.startswith(result.to_text(color=False))
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
         ("--heads", "1"),
         ("--reduction", "max"),
-        ("--method", "attention", "--sequence-only"),
+        ("--method", "attention", "--num-trials", "3"),
         ("--method", "attention", "--baseline", "pad"),
         ("--method", "attention", "--steps", "3"),
         ("--method", "attention", "--samples", "3"),

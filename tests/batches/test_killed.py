@@ -48,7 +48,7 @@ def model_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def forks():
-    """Processes that start at once, from a server which has everything imported."""
+    """Processes that start at once, since their server has imported everything."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.batches.cases"])
     return context
@@ -97,14 +97,14 @@ def test_killed_at_ten_moments(many, forks, tmp_path, monkeypatch):
         kill_after(process, out, lines, draws.uniform(0, 0.02))
         assert not out.exists()
         assert journal_lines(out) >= lines
-    kept = journal_lines(out)
+    n_recorded = journal_lines(out)
     appended: list[int] = []
     monkeypatch.setattr(os, "fsync", appended.append)
     report = run(prompts, out)
     assert (report.n_results, report.n_errors, report.n_left) == (295, 5, 0)
     assert out.read_bytes() == expected
     files_beside_the_journal = 2  # the report and the results
-    assert len(appended) == 300 - kept + files_beside_the_journal  # nothing is computed twice
+    assert len(appended) == 300 - n_recorded + files_beside_the_journal  # nothing is computed twice
 
 
 def command(prompts: Path, out: Path, model: Path) -> list[str]:
@@ -165,7 +165,7 @@ STEPS = [(os, "fsync"), (os, "replace"), (Path, "unlink"), (Path, "mkdir")]
 
 
 def test_killed_at_every_step_of_a_file(tmp_path, monkeypatch):
-    """Before and after each time that a file is made to last, put in place or removed."""
+    """The process ends before or after each sync, move or removal of a file."""
     run(FEW, tmp_path / "expected.jsonl")
     expected, moment, finished = (tmp_path / "expected.jsonl").read_bytes(), 0, False
     while not finished:

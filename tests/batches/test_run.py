@@ -222,7 +222,7 @@ def test_other_prompts_and_models_are_refused(tmp_path):
         run(["Palm Coast"], out, model)
 
 
-def test_what_changes_no_result_may_change(tmp_path):
+def test_options_without_effect_on_results_may_change(tmp_path):
     out = tmp_path / "results.jsonl"
     report = run(["Palm Coast"], out, internal_batch_size=2)
     assert run(["Palm Coast"], out, internal_batch_size=4, show_progress=True) == report
@@ -286,7 +286,7 @@ def test_each_kind_of_warning_once(tmp_path):
     assert message.startswith("line 6: ")  # the longest prompt goes first
 
 
-def test_progress_tells_the_time_left(tmp_path, capsys):
+def test_progress_shows_the_time_left(tmp_path, capsys):
     run(["Palm Coast", "Palm", ""], tmp_path / "results.jsonl", show_progress=True)
     err = capsys.readouterr().err
     assert "prompt 3 of 3: 100%" in err

@@ -214,7 +214,7 @@ def test_a_file_that_cannot_be_written(run, tmp_path):
         (MemoryError(), 1, "MemoryError"),
     ],
 )
-def test_other_ends(run, monkeypatch, error, code, message):
+def test_interruptions_and_unexpected_errors(run, monkeypatch, error, code, message):
     def stop(*_: object, **__: object) -> None:
         raise error
 
