@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from captum_llm_ext import TextTemplateInput, explain, load_demo_model, segment_input
 from captum_llm_ext.compat import CaptumTextTokenInput
 from captum_llm_ext.metrics import MethodComparison, compare_methods
-from captum_llm_ext.registry import GRADIENT, methods_of
+from captum_llm_ext.registry import METHODS
 from tests.benchmarks.candidates import BASELINE, CANDIDATES, first_token_aside, result_of
 from tests.benchmarks.integrals import SENTENCE
 from tests.benchmarks.measure import RESULTS, machine_facts
@@ -36,7 +36,6 @@ from tests.benchmarks.pages import DOCS, fill, markdown
 PROMPTS = Path(__file__).parent / "prompts.json"
 PAGE = DOCS / "faithfulness.md"
 TEXT = ("text", SENTENCE)
-WITHOUT_PATH = ("saliency", "gradxact")
 NEW_TOKENS = 7
 N_RANDOM = 6
 NAMED: dict[str, tuple[str, dict[str, Any]]] = {
@@ -48,8 +47,10 @@ NAMED: dict[str, tuple[str, dict[str, Any]]] = {
     "gradient SHAP, 10 samples": ("gradshap", {"n_samples": 10}),
     "feature ablation": ("ablation", {}),
     "two-stage ablation": ("two_stage", {}),
+    "information flow": ("flow", {}),
+    "attention × value norms": ("attention", {"reduction": "value_norm"}),
 }
-TRIED = ("L1 saliency", "feature ablation", "two-stage ablation")
+TRIED = ("L1 saliency", "feature ablation", "two-stage ablation", "information flow")
 IN_BOTH = ["two-sided ablation", "Shapley, a permutation and its reverse"]
 REFERENCE = "feature ablation"
 
@@ -87,14 +88,12 @@ def counted_rows(model: nn.Module, spent: dict[str, float]) -> Iterator[None]:
 def by_name(
     name: str, options: Any, model: nn.Module, tokenizer: Any, inp: Any, target: Tensor
 ) -> Any:
-    given = dict(options)
-    if name in methods_of(GRADIENT):
-        given["include_per_token_attr"] = False
+    options = {**METHODS[name].wrapped_by.sequence_only, **options}
     if not isinstance(inp, CaptumTextTokenInput):
-        given.pop("baselines", None)  # a template has its own
-    elif name not in WITHOUT_PATH:
-        given.setdefault("baselines", BASELINE)
-    return explain(model, tokenizer, inp, target, name, **given)
+        options.pop("baselines", None)  # a template has its own
+    elif METHODS[name].takes_baselines:
+        options.setdefault("baselines", BASELINE)
+    return explain(model, tokenizer, inp, target, name, **options)
 
 
 def methods(half: str) -> dict[str, Any]:
