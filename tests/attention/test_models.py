@@ -312,7 +312,7 @@ def test_the_sequence_alone_from_the_command_line(run: Any) -> None:
     [
         ("--heads", "1"),
         ("--reduction", "max"),
-        ("--method", "attention", "--num-trials", "3"),
+        ("--method", "attention", "--stdevs", "3"),
         ("--method", "attention", "--baseline", "pad"),
         ("--method", "attention", "--steps", "3"),
         ("--method", "attention", "--samples", "3"),
