@@ -24,6 +24,7 @@ from captum_llm_ext.compat import (
 from captum_llm_ext.model.layers import embed, find_token_embedding, token_embedding
 
 SPECIAL_BASELINES = ("pad", "eos", "unk")
+REMOVE = "remove"  # drops absent tokens, so that the others close up; for perturbation alone
 IDS_AT_ONCE = 8192  # of the vocabulary, for their embeddings
 
 BaselineSpec = int | str | tuple[str, Any] | Tensor | None
@@ -117,8 +118,8 @@ class Baseline(NamedTuple):
     """A baseline as a user wrote it, parsed.
 
     kind: "ids" (value: an id or a tensor of ids), a key of `TOKEN_BASELINES` (value: what stands
-    beside the name), "embeddings" (value: a key of `EMBEDDING_BASELINES` or a tensor), or
-    "unknown" (value: as it was written).
+    beside the name), "embeddings" (value: a key of `EMBEDDING_BASELINES` or a tensor), "remove"
+    (absent tokens are dropped), or "unknown" (value: as it was written).
     """
 
     kind: str
@@ -138,6 +139,8 @@ class Baseline(NamedTuple):
             return cls("unknown", spec)
         if spec == "nearest":
             return cls("nearest", 1)
+        if spec == REMOVE:
+            return cls(REMOVE, REMOVE)
         if spec in EMBEDDING_BASELINES:
             return cls("embeddings", spec)
         return cls("ids", token_id(spec, tokenizer))
@@ -165,6 +168,12 @@ def baseline_ids(baseline: Baseline, absent: AbsentTokens) -> Tensor:
 
 def _no_tokens(baseline: Baseline) -> ValueError | TypeError:
     kind, value = baseline
+    if kind == REMOVE:
+        return ValueError(
+            "baselines='remove' drops absent tokens, which only perturbation of token inputs can "
+            "do: a path, and an answer's positions, need a token or an embedding in their place; "
+            "give another baseline"
+        )
     error = ValueError if kind == "embeddings" or isinstance(value, list) else TypeError
     tensor = isinstance(value, Tensor)
     shown = f"a tensor {tuple(value.shape)} of {value.dtype}" if tensor else repr(value)

@@ -27,7 +27,9 @@ def as_input(
     if isinstance(prompt, str):
         if not prompt:  # some tokenizers put a token before every text, also before this one
             raise ValueError("expected a prompt of at least one character, got an empty string")
-        return TextTokenInput(prompt, tokenizer)
+        inp = TextTokenInput(prompt, tokenizer)
+        inp.baseline_by_method = True
+        return inp
     if isinstance(prompt, InterpretableInput):
         return prompt
     if isinstance(prompt, Sequence) and all(isinstance(message, Mapping) for message in prompt):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from captum_llm_ext.compat import CaptumTextTokenInput, InterpretableInput
 from captum_llm_ext.inputs.baselines import (
+    REMOVE,
     AbsentTokens,
     Baseline,
     BaselineSpec,
@@ -28,7 +29,9 @@ class TextTokenInput(CaptumTextTokenInput):
         baselines: what stands for an absent token: a token id, a token string, "pad", "eos",
             "unk", "nearest" (each token's nearest other one by cosine of the embeddings),
             ("nearest", n) for the n-th nearest, or ("text", a text) for the tokens of another text
-            in order; with gradients also "zero" and "mean". Default: 0.
+            in order; by perturbation also "remove", which drops the token; with gradients also
+            "zero" and "mean". Default: 0, as in Captum. In many vocabularies that is a special
+            token, which may hide everything before it.
         skip_tokens: ids or strings of tokens that are not features and are never replaced.
 
     Raises:
@@ -40,6 +43,9 @@ class TextTokenInput(CaptumTextTokenInput):
         >>> inp.n_itp_features
         5
     """
+
+    # Whether each method takes the baseline that suits it, where the caller names none.
+    baseline_by_method = False
 
     def __init__(
         self,
@@ -64,7 +70,9 @@ def tokens_in_spans(text: str, spans: Sequence[tuple[int, int]], tokenizer: Any)
         token not in special and any(a < stop and start < b for a, b in spans)
         for token, (start, stop) in encoded
     ]
-    return token_input([token for token, _ in encoded], inside, tokenizer)
+    inp = token_input([token for token, _ in encoded], inside, tokenizer)
+    inp.baseline_by_method = True
+    return inp
 
 
 def token_input(ids: Sequence[int], inside: Sequence[bool], tokenizer: Any) -> TextTokenInput:
@@ -96,6 +104,21 @@ def encode_with_offsets(
     return list(zip([int(i) for i in encoded["input_ids"]], offsets, strict=True))
 
 
+class _WithoutAbsentTokens(CaptumTextTokenInput):
+    """A token input whose absent tokens are dropped; where nothing is left the last one stays."""
+
+    named_baseline: BaselineSpec
+
+    def to_model_input(self, perturbed_tensor: Tensor | None = None) -> Tensor:
+        if perturbed_tensor is None:
+            return self.inp_tensor
+        ids = self.inp_tensor[0]
+        is_feature = torch.ones_like(ids).bool() if self.itp_mask is None else self.itp_mask[0]
+        kept = ~is_feature
+        kept[is_feature] = perturbed_tensor[0].cpu() == 1
+        return ids[kept][None] if kept.any() else ids[None, -1:]
+
+
 class _WithBaselineIds(CaptumTextTokenInput):
     """A token input with a baseline id for each feature."""
 
@@ -120,13 +143,22 @@ def with_baselines(
     """A token input with ids for the caller's baselines, or where these are None for its own."""
     if not isinstance(inp, CaptumTextTokenInput):
         if baselines is not None:
-            raise ValueError("the baselines of a template or an image belong to the input itself")
+            raise ValueError(
+                "the baselines of a template or an image belong to the input itself (an empty one "
+                "removes its value)"
+            )
         return inp
     if baselines is None:
-        baselines = baseline_of_input(inp)
+        by_method = getattr(inp, "baseline_by_method", False)
+        baselines = REMOVE if by_method else baseline_of_input(inp)
     ids = inp.inp_tensor[0].long()
     is_feature = torch.ones_like(ids).bool() if inp.itp_mask is None else inp.itp_mask[0]
     baseline = Baseline.parse(baselines, inp.tokenizer)
+    if baseline.kind == REMOVE:
+        shorter = _WithoutAbsentTokens.__new__(_WithoutAbsentTokens)
+        shorter.__dict__.update(inp.__dict__)
+        shorter.named_baseline = REMOVE
+        return shorter
     absent = AbsentTokens(ids, is_feature, inp.tokenizer, model)
     replaced = _WithBaselineIds.__new__(_WithBaselineIds)
     replaced.__dict__.update(inp.__dict__)

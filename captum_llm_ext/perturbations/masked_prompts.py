@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from captum_llm_ext.compat import CaptumTextTemplateInput, ImageMaskInput, InterpretableInput
-from captum_llm_ext.inputs.baselines import BaselineSpec
+from captum_llm_ext.inputs.baselines import REMOVE, BaselineSpec
 from captum_llm_ext.inputs.features import prompt_ids
 from captum_llm_ext.inputs.templates import check_template, with_drawn_baselines
 from captum_llm_ext.inputs.tokens import with_baselines
+from captum_llm_ext.model.adapter import QA
 from captum_llm_ext.model.layers import input_device
 from captum_llm_ext.perturbations.scorer import Prompt, PromptScorer
 from captum_llm_ext.scoring.preparation import prepare
@@ -55,8 +56,17 @@ class MaskedPrompts:
         inp = with_baselines(inp, baselines, model)
         prompt = prompt_ids(inp, None, tokenizer, input_device(model))
         prepared = prepare(model, tokenizer, prompt[None], request)
+        if prepared.task.name == QA and getattr(inp, "named_baseline", None) == REMOVE:
+            raise ValueError(
+                "baselines='remove' moves the answer's positions, so a question answering model "
+                "cannot take it: give another baseline"
+            )
         prepared = prepared.probed(use_cache=reuse_prefix, product=False)
         return cls(inp, tokenizer, PromptScorer(prepared, rows, show_progress))
+
+    @property
+    def is_causal(self) -> bool:
+        return self.scorer.prepared.causal
 
     @property
     def output_tokens(self) -> list[str]:

@@ -27,6 +27,7 @@ from captum_llm_ext.perturbations.masked_prompts import (
     MaskedPrompts,
 )
 from captum_llm_ext.perturbations.method import PerturbationMethod
+from captum_llm_ext.perturbations.stand_in import warn_of_hiding_stand_in
 from captum_llm_ext.registry import METHODS, PERTURBATION, load, method_named, methods_of
 from captum_llm_ext.results import LLMAttributionResult
 from captum_llm_ext.scoring.checks import check_counts
@@ -184,8 +185,9 @@ class LLMAttribution(CaptumLLMAttribution):
                 each token) for every perturbation that the method asks for.
             forward_in_tokens: accepted for Captum's sake; the result does not depend on it.
             baselines: what a token input has in place of its own baselines: a token id, a token
-                string, "pad", "eos", "unk", "nearest", ("nearest", n), ("text", a text) or a
-                tensor of ids.
+                string, "pad", "eos", "unk", "nearest", ("nearest", n), ("text", a text), a tensor
+                of ids, or "remove", which drops absent tokens so that the others close up (where
+                nothing would be left, the last token stays).
             contrast_target: attribute score(target) − score(contrast) instead, at the same places
                 and after the target's tokens; as many tokens as the target, or one.
             skip_tokens: ids or strings of tokens to leave out of a given target, as in Captum 0.8
@@ -201,6 +203,10 @@ class LLMAttribution(CaptumLLMAttribution):
             An `LLMAttributionResult`: `seq_attr` (n_input,) and `token_attr` (n_output, n_input),
             in units of the score. `token_attr` is None for Lime, KernelShap and other methods that
             have no rows per token.
+
+        Warns:
+            when one token stands for every absent one and hides what stands before it, as a
+            document separator does.
 
         Raises:
             ValueError: an argument that has no meaning; the message says what was expected.
@@ -230,6 +236,7 @@ class LLMAttribution(CaptumLLMAttribution):
                     internal_batch_size,
                     show_progress,
                 )
+                warn_of_hiding_stand_in(masked)
                 masked.inspect = _inspect_forward
                 masked.n_inspected = None if self.include_per_token_attr else 1
             options = {**kwargs, "perturbations_per_eval": perturbations_per_eval}
