@@ -133,7 +133,10 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
                 the first place in the context counts, the positions (start, end) of its tokens in
                 the prompt, or None for the likeliest span of the context.
             gen_args: arguments of ``model.generate`` when `target` is None. Default: greedy, 25
-                new tokens.
+                new tokens. Of an encoder-decoder model also with a `target`: `forced_bos_token_id`
+                (such as the target's language) or another of `decoder_start_token_id` and
+                `decoder_input_ids`, the ids after which the target is scored. These are never part
+                of the target. Default: as ``generate`` has them, of `model.generation_config`.
             include_per_token_attr: False computes the sequence attribution alone, with one
                 backward pass in all; `token_attr` is then None.
             baselines: where the path of integrated gradients and GradientShap starts: None (the
@@ -201,7 +204,7 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
             method = gradient_method(self._driver, self.attr_method, method_options)
             _check_method(method, baselines, layer_mode, type(self.attr_method).__name__)
             features = read_features(inp, self.tokenizer, input_device(self.model))
-            prepared = prepare(self.model, self.tokenizer, features.prompt_ids, request)
+            prepared = prepare(self.model, self.tokenizer, inp, features.prompt_ids, request)
         # The target is generated above by the model as it is, and differentiated here.
         with (
             differentiable(self.model),

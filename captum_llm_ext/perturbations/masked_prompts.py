@@ -54,7 +54,7 @@ class MaskedPrompts:
             check_template(inp)
         inp = with_baselines(inp, baselines, model)
         prompt = prompt_ids(inp, None, tokenizer, input_device(model))
-        prepared = prepare(model, tokenizer, prompt[None], request)
+        prepared = prepare(model, tokenizer, inp, prompt[None], request)
         prepared = prepared.probed(use_cache=reuse_prefix, product=False)
         return cls(inp, tokenizer, PromptScorer(prepared, rows, show_progress))
 
