@@ -26,16 +26,20 @@ def read_cross_attention(
 ) -> tuple[list[LayerAttention], Tensor]:
     """The cross-attention of the selected layers, and log p (n_output,) of the target's tokens.
 
-    The keys are the encoder's positions alone: `targets` is (n_heads, n_output, n_encoder).
+    The keys are the encoder's positions alone: `targets` is (n_heads, n_output, n_encoder). The
+    first of the ids that the decoder begins with may predict none of the target's tokens.
     """
+    n_output = len(forcing.target)
     model: Any = forcing.model.model
     blocks = decoder_blocks(model.get_decoder())
     with without_checkpointing(model), eager_attention(model), _returned_by(blocks) as returned:
         output = forcing.model(forcing.ids, output_attentions=True)
-    scored = Pass(forcing.target, forcing.whole, read_logits(output)[:, -len(forcing.target) :])
+    scored = Pass(forcing.target, forcing.whole, read_logits(output)[:, -n_output:])
     check_finite(scored)
     names = {module: name for name, module in model.named_modules()}
-    weights_of = {returned[w.data_ptr()][0]: w[0] for w in output.cross_attentions or ()}
+    weights_of = {
+        returned[w.data_ptr()][0]: w[0, :, -n_output:] for w in output.cross_attentions or ()
+    }
     selection.check(model, {names[module]: module for module in weights_of})
     layers = [
         LayerAttention(names[module], selection.of_heads(names[module], weights, forcing))

@@ -107,7 +107,10 @@ class LLMAttentionAttribution(BaseLLMAttribution):
             target: a string (encoded without special tokens), a 1-D tensor of token ids, or None
                 to let the model generate it.
             gen_args: arguments of ``model.generate`` when `target` is None. Default: greedy, 25
-                new tokens.
+                new tokens. Of an encoder-decoder model also with a `target`: `forced_bos_token_id`
+                (such as the target's language) or another of `decoder_start_token_id` and
+                `decoder_input_ids`, the ids after which the target is scored. These are never part
+                of the target. Default: as ``generate`` has them, of `model.generation_config`.
             include_per_token_attr: False leaves out the rows per target token, `token_attr` and
                 `layer_token_attr` are None; "flow" is then faster, and `seq_attr` the same.
             include_generated: earlier target tokens are features too. The result then has n_input
@@ -135,7 +138,7 @@ class LLMAttentionAttribution(BaseLLMAttribution):
         """
         features = read_features(inp, self.tokenizer, input_device(self.model))
         prompt = features.prompt_ids
-        prepared = prepare(self.model, self.tokenizer, prompt, Request(target, gen_args))
+        prepared = prepare(self.model, self.tokenizer, inp, prompt, Request(target, gen_args))
         forcing = prepared.forcing
         warn_of_dropout(forcing)
         selection = Selection(

@@ -16,6 +16,7 @@ from captum_llm_ext.batches.journal import Record
 from captum_llm_ext.batches.lines import Line, identity, read_prompt
 from captum_llm_ext.explaining import Layers, explain
 from captum_llm_ext.model.random_state import seeded
+from captum_llm_ext.scoring.tasks import gen_args_of_target
 from captum_llm_ext.warning import warn
 
 
@@ -56,7 +57,7 @@ class Explainer:
         request = read_prompt(line, self.tokenizer, self.by, self.roles, self.target)
         options = {**self.options, **request.options}
         if request.target is not None:
-            options.pop("gen_args", None)
+            options["gen_args"] = gen_args_of_target(self.model, options.get("gen_args"))
         result = explain(
             self.model,
             self.tokenizer,

@@ -47,6 +47,7 @@ from captum_llm_ext.scoring.checks import check_counts, check_gradients, warn_of
 from captum_llm_ext.scoring.preparation import prepare
 from captum_llm_ext.scoring.tasks import Request
 from captum_llm_ext.scoring.teacher_forcing import TeacherForcing
+from captum_llm_ext.warning import warn
 
 LAYER_MODES = ("independent", "joint")
 
@@ -103,7 +104,7 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
         gen_args: dict[str, Any] | None = None,
         *,
         include_per_token_attr: bool = True,
-        baselines: BaselineSpec | list[BaselineSpec] = None,
+        baselines: BaselineSpec | list[BaselineSpec] | tuple[Tensor] = None,
         layer_mode: str = "independent",
         include_generated: bool = False,
         include_hidden_attr: bool = False,
@@ -133,7 +134,10 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
                 the first place in the context counts, the positions (start, end) of its tokens in
                 the prompt, or None for the likeliest span of the context.
             gen_args: arguments of ``model.generate`` when `target` is None. Default: greedy, 25
-                new tokens.
+                new tokens. Of an encoder-decoder model also with a `target`: `forced_bos_token_id`
+                (such as the target's language) or another of `decoder_start_token_id` and
+                `decoder_input_ids`, the ids after which the target is scored. These are never part
+                of the target. Default: as ``generate`` has them, of `model.generation_config`.
             include_per_token_attr: False computes the sequence attribution alone, with one
                 backward pass in all; `token_attr` is then None.
             baselines: where the path of integrated gradients and GradientShap starts: None (the
@@ -141,15 +145,17 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
                 all embeddings), "nearest" (each token's nearest other one), ("nearest", n),
                 ("text", a text) for the tokens of another text in order (the easiest path), a
                 tensor of ids or embeddings, for all positions or one each, or a list of several
-                of these, over which the attributions are averaged. An error for methods that have
-                no path.
+                of these, over which the attributions are averaged. Or, as for Captum's
+                LayerGradientShap, a tuple of one tensor (n_rows, n_features): each row is the
+                input's own baseline, in which the features with 1 keep their tokens and those
+                with 0 do not; the rows are averaged. An error for methods that have no path.
                 For a hidden layer it means that layer's output when the embeddings are so replaced.
             layer_mode: of several layers, "independent" (each as if it were alone) or "joint" (all
                 move along the path together).
             include_generated: earlier target tokens are features too: n_input + n_output columns,
                 zero from the target token itself on. The baseline then replaces them as well. Of
-                an encoder-decoder model these are the decoder's positions, but for its start
-                token; its decoder's layers hold no other features.
+                an encoder-decoder model these are the decoder's positions, but for those that it
+                begins with; its decoder's layers hold no other features.
             include_hidden_attr: keep the attribution before it is summed over hidden units (of
                 LayerSaliency: the gradient), (n_output, n_input, hidden).
             contrast_target: attribute score(target) − score(contrast) instead, at the same places
@@ -201,7 +207,9 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
             method = gradient_method(self._driver, self.attr_method, method_options)
             _check_method(method, baselines, layer_mode, type(self.attr_method).__name__)
             features = read_features(inp, self.tokenizer, input_device(self.model))
-            prepared = prepare(self.model, self.tokenizer, features.prompt_ids, request)
+            kept = _kept_features(baselines, features.n_columns)
+            absent: Any = None if len(kept) else baselines  # rows keep features of the input's own
+            prepared = prepare(self.model, self.tokenizer, inp, features.prompt_ids, request)
         # The target is generated above by the model as it is, and differentiated here.
         with (
             differentiable(self.model),
@@ -231,9 +239,10 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
             if method.has_path and prepared.probe is not None:
                 warn_of_low_precision(prepared.probe.precision, sites, forcing.model)
             starts = [
-                self._path_start(baseline, inp, features, forcing) if method.has_path else None
+                self._path_start(baseline, inp, features, forcing, row) if method.has_path else None
                 for _ in range(num_trials if _draws(method, inp) else 1)
-                for baseline in baselines_to_average(baselines, inp)
+                for baseline in baselines_to_average(absent, inp)
+                for row in (kept if len(kept) else [None])
             ]
             others = (
                 gradient_method(self._driver, self.attr_method, method_options) for _ in starts[1:]
@@ -249,7 +258,7 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
                 layer_mode,
                 include_hidden_attr,
                 prepared.output_tokens,
-                with_named_baseline(inp, baselines),
+                with_named_baseline(inp, absent),
             )
 
     @classmethod
@@ -285,8 +294,12 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
         inp: InterpretableInput,
         features: Features,
         forcing: TeacherForcing,
+        kept: Tensor | None = None,
     ) -> PathStart:
-        """Where the path starts, from the baseline of a token input or of each template value."""
+        """Where the path starts, from the baseline of a token input or of each template value.
+
+        kept: (n_features,) whether each feature stays as it is.
+        """
         ids, length = forcing.ids, forcing.row.length
         if not isinstance(inp, CaptumTextTemplateInput):
             replaced = features.column_at(length) >= 0
@@ -295,6 +308,12 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
             values = baseline_tokens(inp, self.tokenizer)
             value_at = features.value_at(length)
             start = template_start(baseline, values, value_at, ids, self.tokenizer, self.model)
+        if kept is not None:
+            columns = kept.nonzero().flatten().to(ids.device)
+            stays = torch.isin(features.column_at(length), columns)
+            start = replace(
+                start, ids=torch.where(stays, ids, start.ids), replaced=start.replaced & ~stays
+            )
         if start.embeddings is not None:
             layout_of(forcing.model).check_embedding_baseline(start.replaced)
         return start
@@ -323,6 +342,36 @@ def _check_method(method: GradientMethod, baselines: Any, layer_mode: str, name:
         raise ValueError(f"baselines mean nothing to {name}, which has no path")
     if layer_mode == "joint" and not method.moves_layers:
         raise ValueError(f"{name} reads its layers: layer_mode='joint' moves them")
+
+
+def _kept_features(baselines: Any, n_features: int) -> Tensor:
+    """Which features stay in each baseline, (n_rows, n_features); no rows for other baselines.
+
+    Raises:
+        ValueError: a tuple of a tensor whose rows are not of as many features, or not of 0 and 1.
+    """
+    if isinstance(baselines, Tensor) and _is_rows(baselines, n_features):
+        warn(
+            f"a tensor {tuple(baselines.shape)} of {baselines.dtype} as baselines holds token ids "
+            "or embeddings: for Captum's rows of 0 and 1, which features the baseline keeps, pass "
+            "the tuple (tensor,)"
+        )
+    if not (isinstance(baselines, tuple) and any(isinstance(x, Tensor) for x in baselines)):
+        return torch.zeros(0, n_features, dtype=torch.bool)
+    if len(baselines) != 1 or not _is_rows(baselines[0], n_features):
+        shapes = [tuple(x.shape) if isinstance(x, Tensor) else x for x in baselines]
+        raise ValueError(
+            f"a tuple as baselines must hold one tensor (n_rows, {n_features}) of 0 and 1, which "
+            f"features each baseline keeps; got {shapes}"
+        )
+    rows: Tensor = baselines[0] == 1
+    return rows
+
+
+def _is_rows(values: Tensor, n_features: int) -> bool:
+    """Whether the values have the form of rows of features that are kept (1) or not (0)."""
+    fits = values.dim() == 2 and len(values) > 0 and values.size(1) == n_features
+    return fits and bool(((values == 0) | (values == 1)).all())
 
 
 def _draws(method: GradientMethod, inp: InterpretableInput) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jinja2 import TemplateError
+
 from captum_llm_ext.compat import InterpretableInput
 from captum_llm_ext.inputs.segments import PATTERNS, Span, find_segments, template_of_spans
 from captum_llm_ext.inputs.templates import value_spans
@@ -14,7 +16,7 @@ CHAT_FEATURES = ("token", "message", *PATTERNS)
 
 
 def chat_input(
-    messages: Sequence[Mapping[str, str]],
+    messages: Sequence[Mapping[str, Any]],
     tokenizer: Any,
     by: str = "token",
     roles: Sequence[str] = ("user",),
@@ -24,6 +26,7 @@ def chat_input(
 
     Args:
         messages: dicts with "role" and "content", as ``tokenizer.apply_chat_template`` takes them.
+            Those of `roles` need a str as their content, which the template must leave as it is.
         tokenizer: a fast tokenizer with a chat template.
         by: what a feature is: "token", "message", "word", "sentence", "line" or "paragraph".
         roles: the roles whose messages hold the features. Tokens of the template and special tokens
@@ -36,8 +39,9 @@ def chat_input(
         `TextTemplateInput` otherwise.
 
     Raises:
-        ValueError: no chat template, a role that no message has, a message that the template
-            changes or leaves out, or nothing to attribute to.
+        ValueError: no chat template, or one that refuses the messages; a role that no message has;
+            a message of `roles` that the template changes or leaves out, or that has no text;
+            nothing to attribute to.
 
     Example:
         >>> inp = chat_input([{"role": "user", "content": "Where is Paris?"}], tokenizer)
@@ -62,13 +66,11 @@ def chat_input(
 
 
 def _rendered(
-    messages: Sequence[Mapping[str, str]], tokenizer: Any, roles: Sequence[str]
+    messages: Sequence[Mapping[str, Any]], tokenizer: Any, roles: Sequence[str]
 ) -> tuple[str, list[Span]]:
     """The chat as text, and the spans of the messages of these roles in it."""
     for message in messages:
-        if not (isinstance(message, Mapping) and isinstance(message.get("content"), str)):
-            raise ValueError(f"a message must be a dict with a str as 'content', got {message!r}")
-        if not isinstance(message.get("role"), str):
+        if not (isinstance(message, Mapping) and isinstance(message.get("role"), str)):
             raise ValueError(f"a message must be a dict with a 'role', got {message!r}")
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError("the tokenizer has no chat template: pass a plain string as the prompt")
@@ -76,21 +78,29 @@ def _rendered(
     missing = sorted(set(roles) - {message["role"] for message in messages})
     if missing or not roles:
         raise ValueError(f"roles must be among those of the messages; no message has {missing}")
+    with_features = [i for i, message in enumerate(messages) if message["role"] in roles]
+    for message in (messages[i] for i in with_features):
+        if not isinstance(message.get("content"), str):
+            raise ValueError(
+                "a message that holds features must be a dict with a str as 'content', got "
+                f"{message!r}: give it one, or leave its role out of roles"
+            )
 
     def render(contents: list[str]) -> str:
         # A template may trim a message, so its outer spaces stay outside the marks.
-        chat = [
-            {**message, "content": message["content"].replace(message["content"].strip(), content)}
-            for message, content in zip(messages, contents, strict=True)
-        ]
-        return str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+        whole = list(messages)
+        for i, content in zip(with_features, contents, strict=True):
+            text = messages[i]["content"]
+            whole[i] = {**messages[i], "content": text.replace(text.strip(), content)}
+        try:
+            return str(
+                tokenizer.apply_chat_template(whole, tokenize=False, add_generation_prompt=True)
+            )
+        except (TemplateError, TypeError) as error:  # what it raises, or cannot do with a content
+            raise ValueError(f"the chat template refuses the messages: {error}") from error
 
-    text, spans = value_spans(render, [message["content"].strip() for message in messages])
-    spans = [
-        (start, stop)
-        for (start, stop), message in zip(spans, messages, strict=True)
-        if message["role"] in roles and start < stop
-    ]
+    text, spans = value_spans(render, [messages[i]["content"].strip() for i in with_features])
+    spans = [(start, stop) for start, stop in spans if start < stop]
     if not spans:
         raise ValueError(f"the messages of {', '.join(roles)} are empty")
     return text, spans

@@ -98,6 +98,22 @@ def prompt_ids(
     return ids
 
 
+def ends_by_itself(inp: InterpretableInput, tokenizer: Any, end: int) -> bool:
+    """Whether the tokenizer adds the id `end` after the text of this input."""
+    text = inp.to_model_input()
+    if not isinstance(text, str):
+        # Chats by token hold ids without special tokens: they mask features and skip no tokens.
+        without_special = inp.itp_mask is not None and not inp.skip_tokens
+        text = "" if without_special else "a"
+    return bool(text) and _n_last(tokenizer, text, end, True) > _n_last(tokenizer, text, end, False)
+
+
+def _n_last(tokenizer: Any, text: str, token: int, add_special_tokens: bool) -> int:
+    """How many times a token stands at the end of an encoded text."""
+    ids = list(tokenizer.encode(text, add_special_tokens=add_special_tokens))
+    return next((i for i, last in enumerate(reversed(ids)) if last != token), len(ids))
+
+
 # --- tokens --------------------------------------------------------------------------------------
 
 

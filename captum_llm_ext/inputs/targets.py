@@ -91,11 +91,11 @@ def generated_ids(
     model: nn.Module,
     prompt: Tensor,
     gen_args: Mapping[str, Any] | None,
-    n_start: int | None = None,
+    beginning: Sequence[int] | None = None,
 ) -> Tensor:
     """The token ids (n_output,) that the model generates after a prompt (1, n_prompt).
 
-    n_start: how many ids `generate` returns before the generated ones. Default: n_prompt.
+    beginning: the ids that `generate` returns before the generated ones. Default: the prompt's.
     """
     generate = getattr(model, "generate", None)
     if not callable(generate):
@@ -109,10 +109,22 @@ def generated_ids(
             **(gen_args or DEFAULT_GEN_ARGS),
         )
     sequences = output if isinstance(output, Tensor) else output.sequences
-    generated: Tensor = sequences[0, prompt.size(1) if n_start is None else n_start :]
+    if beginning is None:
+        generated: Tensor = sequences[0, prompt.size(1) :]
+    else:
+        generated = _after(beginning, sequences[0])
     if not len(generated):
         raise ValueError("the model generated no token: the target must have at least one token")
     return generated
+
+
+def _after(beginning: Sequence[int], ids: Tensor) -> Tensor:
+    if ids[: len(beginning)].tolist() != list(beginning):
+        raise ValueError(
+            f"generate() was expected to begin with the ids {list(beginning)}, and began with "
+            f"{ids[: len(beginning)].tolist()}: pass target="
+        )
+    return ids[len(beginning) :]
 
 
 def encode_target(tokenizer: Any, target: str | Tensor | Sequence[int]) -> Tensor:

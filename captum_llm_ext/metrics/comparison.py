@@ -26,7 +26,7 @@ from captum_llm_ext.metrics.removal import MOST_STEPS, Removal, feature_attr, op
 from captum_llm_ext.perturbations.masked_prompts import MaskedPrompts
 from captum_llm_ext.registry import METHODS
 from captum_llm_ext.scoring.checks import check_counts
-from captum_llm_ext.scoring.tasks import Request
+from captum_llm_ext.scoring.tasks import Request, gen_args_of_target
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -153,7 +153,8 @@ def compare_methods(
             return a result; a mapping gives them names of your own. Gradient methods attribute
             the sequence alone, unless their options say otherwise.
         targets: of each prompt; None, in the list or for all, is what the model generates.
-        gen_args: arguments of ``model.generate``. Default: greedy, 25 new tokens.
+        gen_args: arguments of ``model.generate``. Default: greedy, 25 new tokens. What an
+            encoder-decoder model's decoder begins with holds for given targets too.
         baselines: of token inputs, in the methods (unless their options name one) and when
             features are removed. Default: each input's own, of which a callable one is drawn once.
         attr_target: as in `faithfulness`. The methods always attribute log p.
@@ -187,7 +188,8 @@ def compare_methods(
     """
     _check_for_pandas()
     _check_bootstrap(n_bootstrap, confidence)
-    named = _named(methods, baselines)
+    beginning = gen_args_of_target(model, gen_args)
+    named = _named(methods, baselines, beginning)
     removal = Removal(absolute, fractions, n_steps, n_random)
     generator = generator or torch.Generator().manual_seed(0)
     rows: list[dict[str, Any]] = []
@@ -198,7 +200,7 @@ def compare_methods(
             model,
             tokenizer,
             inp,
-            Request(target, gen_args if target is None else None, attr_target=attr_target),
+            Request(target, beginning if target is not None else gen_args, attr_target=attr_target),
             baselines if isinstance(inp, CaptumTextTokenInput) else None,
             rows=internal_batch_size,
         )
@@ -232,7 +234,9 @@ def _judged(
 
 
 def _named(
-    methods: Sequence[Method] | Mapping[str, Method], baselines: BaselineSpec
+    methods: Sequence[Method] | Mapping[str, Method],
+    baselines: BaselineSpec,
+    gen_args: dict[str, Any] | None,
 ) -> dict[str, Attribute]:
     """Name → function; without names of the caller's own, the method's with its options."""
     if not isinstance(methods, Mapping):
@@ -242,7 +246,7 @@ def _named(
         methods = dict(zip(names, methods, strict=True))
     if not methods:
         raise ValueError("expected at least one method, got none")
-    return {name: _as_function(method, baselines) for name, method in methods.items()}
+    return {name: _as_function(method, baselines, gen_args) for name, method in methods.items()}
 
 
 def _name(method: Method) -> str:
@@ -254,7 +258,9 @@ def _name(method: Method) -> str:
     return " ".join([name, *(f"{key}={value}" for key, value in options.items())])
 
 
-def _as_function(method: Method, baselines: BaselineSpec) -> Attribute:
+def _as_function(
+    method: Method, baselines: BaselineSpec, gen_args: dict[str, Any] | None
+) -> Attribute:
     if callable(method):
         return method
     name, options = (method, {}) if isinstance(method, str) else method
@@ -265,7 +271,7 @@ def _as_function(method: Method, baselines: BaselineSpec) -> Attribute:
     def attribute(
         model: nn.Module, tokenizer: Any, inp: InterpretableInput, target: Tensor
     ) -> CaptumLLMAttributionResult:
-        defaults = dict(row.wrapped_by.sequence_only)
+        defaults = {"gen_args": gen_args, **row.wrapped_by.sequence_only}
         if baselines is not None and row.takes_baselines and isinstance(inp, CaptumTextTokenInput):
             defaults["baselines"] = baselines
         return explain(model, tokenizer, inp, target, name, **{**defaults, **options})

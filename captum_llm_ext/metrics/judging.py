@@ -15,7 +15,7 @@ from captum_llm_ext.display import draw_removal_curves
 from captum_llm_ext.inputs.baselines import BaselineSpec
 from captum_llm_ext.metrics.curves import FRACTIONS, MEASURES, RemovalCurves
 from captum_llm_ext.metrics.removal import MOST_STEPS, Removal, feature_attr, open_prompts
-from captum_llm_ext.scoring.tasks import Request
+from captum_llm_ext.scoring.tasks import Request, gen_args_of_target
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -108,6 +108,7 @@ def faithfulness(
     *,
     inp: InterpretableInput | None = None,
     baselines: BaselineSpec = None,
+    gen_args: dict[str, Any] | None = None,
     attr_target: str = "log_prob",
     contrast_target: str | Tensor | None = None,
     absolute: bool = False,
@@ -139,6 +140,8 @@ def faithfulness(
             "eos", "unk", "nearest", ("text", a text) or ids. Default: that of the attribution, or
             the input's own; for embeddings and lists of baselines there is none. A template has
             its own always, and a callable one is drawn once.
+        gen_args: as given to `attribute` with an encoder-decoder model: of these
+            `forced_bos_token_id` and what else its decoder begins with count.
         attr_target: the score: "log_prob" (the default), "prob" (as in both papers), "logit" or
             "rank"; of the sequence, the sum over target tokens, for "prob" their product.
         contrast_target: score(target) − score(contrast) instead, as given to `attribute`.
@@ -173,7 +176,7 @@ def faithfulness(
         model,
         tokenizer,
         result.inp if inp is None else inp,
-        Request(target, contrast=contrast_target, attr_target=attr_target),
+        Request(target, gen_args_of_target(model, gen_args), contrast_target, attr_target),
         baselines,
         reuse_prefix,
         internal_batch_size,

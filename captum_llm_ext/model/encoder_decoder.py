@@ -1,13 +1,13 @@
 """Encoder-decoder models, for translation and summarisation: one row of ids feeds both halves.
 
-A row holds the encoder's ids, then the decoder's: its start token and the target without its last
-token. Prompt (with the start token) and target then form a row as they do for a causal model. The
-decoder is causal, so one pass scores all target tokens.
+A row holds the encoder's ids, then the decoder's: those it begins with and the target without its
+last token. Prompt (with the decoder's beginning) and target then form a row as they do for a causal
+model. The decoder is causal, so one pass scores all target tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -24,12 +24,12 @@ from captum_llm_ext.model.layers import Site, token_embedding
 class EncoderDecoder(Adapter):
     """An encoder-decoder model on rows whose first `n_encoder` ids are the encoder's.
 
-    start: the first id of the decoder.
+    beginning: the ids that the decoder begins with, which are not scored.
     """
 
-    def __init__(self, model: Any, n_encoder: int, start: int) -> None:
+    def __init__(self, model: Any, n_encoder: int, beginning: Sequence[int]) -> None:
         super().__init__(model)
-        self.n_encoder, self.start = n_encoder, start
+        self.n_encoder, self.beginning = n_encoder, list(beginning)
         halves = token_embedding(model.get_encoder()), token_embedding(model.get_decoder())
         self.embeddings = TokenEmbeddings(*halves, n_encoder)
 
@@ -42,7 +42,7 @@ class EncoderDecoder(Adapter):
         return replace(site, module=self.embeddings) if is_embedding else site
 
     def prompt(self, ids: Tensor) -> Tensor:
-        return torch.cat([ids, ids.new_tensor([self.start])])
+        return torch.cat([ids, ids.new_tensor(self.beginning)])
 
     def parts(self, length: int) -> list[Part]:
         return [(0, length), (0, self.n_encoder), (self.n_encoder, length)]
@@ -51,7 +51,8 @@ class EncoderDecoder(Adapter):
         return []  # no block holds the states of both halves
 
     def context(self, n_prompt: int, n_target: int) -> int:
-        return max(n_prompt - 1, 1 + n_target)
+        n_beginning = len(self.beginning)
+        return max(n_prompt - n_beginning, n_beginning + n_target)
 
     def check_embedding_baseline(self, replaced: Tensor) -> None:
         encoder, decoder = self.embeddings.encoder.weight, self.embeddings.decoder.weight
@@ -72,12 +73,13 @@ class EncoderDecoder(Adapter):
 
     def logits_after(self, prompts: Sequence[Tensor], fed: Tensor) -> Tensor:
         """The encoder's ids are padded on the right, and masked since all positions see them."""
-        ids = pad_sequence([prompt[:-1] for prompt in prompts], batch_first=True)
-        lengths = torch.tensor([len(prompt) - 1 for prompt in prompts], device=ids.device)
+        encoder_ids = [prompt[: len(prompt) - len(self.beginning)] for prompt in prompts]
+        ids = pad_sequence(encoder_ids, batch_first=True)
+        lengths = torch.tensor([len(row) for row in encoder_ids], device=ids.device)
         mask = (torch.arange(ids.size(1), device=ids.device) < lengths[:, None]).long()
-        decoder_ids = torch.stack([torch.cat([prompt[-1:], fed]) for prompt in prompts])
+        decoder_ids = torch.cat([fed.new_tensor(self.beginning), fed]).repeat(len(prompts), 1)
         logits: Tensor = self._run(ids, mask, decoder_ids).logits
-        return logits
+        return logits[:, len(self.beginning) - 1 :]
 
     def _run(self, encoder_ids: Tensor, mask: Tensor, decoder_ids: Tensor, **options: Any) -> Any:
         return self.model(
@@ -146,13 +148,50 @@ def _embedded_as(embeddings: TokenEmbeddings, ids: Tensor, embedded: Tensor) -> 
         )
 
 
-def decoder_start(model: nn.Module) -> int:
-    """The first id of the decoder, by the model's configuration."""
-    for name in ("config", "generation_config"):
-        start = getattr(getattr(model, name, None), "decoder_start_token_id", None)
-        if isinstance(start, int):
-            return start
-    raise ValueError(
-        f"{type(model).__name__} does not say which token its decoder starts with: set "
-        "model.config.decoder_start_token_id (T5's is the pad token, BART's the eos token)"
-    )
+BEGINNING_ARGS = ("decoder_start_token_id", "forced_bos_token_id", "decoder_input_ids")
+
+
+def decoder_beginning(model: nn.Module, gen_args: Mapping[str, Any]) -> list[int]:
+    """The ids after which the model writes: the start token, then a forced first token.
+
+    That token is <s> for BART and the language for mBART, M2M100 and NLLB. The arguments of
+    ``generate`` named in `BEGINNING_ARGS` change the beginning, as they do there.
+
+    Raises:
+        ValueError: neither the arguments nor the configurations name a start token.
+    """
+    start = _generation_setting(model, gen_args, "decoder_start_token_id")
+    if start is None:
+        start = getattr(getattr(model, "config", None), "decoder_start_token_id", None)
+    if not isinstance(start, int):
+        raise ValueError(
+            f"{type(model).__name__} does not say which token its decoder starts with: set "
+            "model.generation_config.decoder_start_token_id, or pass "
+            'gen_args={"decoder_start_token_id": id} (of T5 it is the pad token, of BART the eos '
+            "token, of mBART the target's language)"
+        )
+    ids = torch.as_tensor(gen_args.get("decoder_input_ids", [[start]]))[0].tolist()
+    ids = ids if ids[0] == start else [start, *ids]
+    forced = _generation_setting(model, gen_args, "forced_bos_token_id")
+    return [*ids, forced] if len(ids) == 1 and forced is not None else ids
+
+
+def _generation_setting(model: nn.Module, gen_args: Mapping[str, Any], name: str) -> Any:
+    """A setting as ``generate`` reads it: the argument, else its config, else the model's."""
+    if name in gen_args:
+        return gen_args[name]
+    configs = (gen_args.get("generation_config"), getattr(model, "generation_config", None))
+    values = (getattr(config, name, None) for config in configs)
+    return next((value for value in values if value is not None), None)
+
+
+def reached_forced_end(
+    model: nn.Module, gen_args: Mapping[str, Any], beginning: Sequence[int], generated: Tensor
+) -> bool:
+    """Whether generation stopped at its limit with a last token that is forced there."""
+    forced = _generation_setting(model, gen_args, "forced_eos_token_id")
+    ends = forced if isinstance(forced, list) else [forced]
+    most = _generation_setting(model, gen_args, "max_new_tokens")
+    length = _generation_setting(model, gen_args, "max_length")
+    n_new = len(beginning) - 1 + len(generated)
+    return int(generated[-1]) in ends and n_new == ((length or 21) - 1 if most is None else most)

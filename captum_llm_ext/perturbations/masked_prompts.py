@@ -55,7 +55,7 @@ class MaskedPrompts:
             check_template(inp)
         inp = with_baselines(inp, baselines, model)
         prompt = prompt_ids(inp, None, tokenizer, input_device(model))
-        prepared = prepare(model, tokenizer, prompt[None], request)
+        prepared = prepare(model, tokenizer, inp, prompt[None], request)
         if prepared.task.name == QA and getattr(inp, "named_baseline", None) == REMOVE:
             raise ValueError(
                 "baselines='remove' moves the answer's positions, so a question answering model "

@@ -43,8 +43,8 @@ def warn_of_hiding_stand_in(masked: MaskedPrompts) -> None:
         token = masked.tokenizer.convert_ids_to_tokens([stand_in])[0]
         warn(
             f"the baseline {token!r} (id {stand_in}) hides what stands before it from the model, "
-            "so attributions are those of everything up to a token: its score drops follow those of "
-            f"dropping all of it (off by {from_beheaded / 3:.2f}) and not those of dropping the "
+            "so attributions are those of everything up to a token: its score drops follow those "
+            f"of dropping all of it (off by {from_beheaded / 3:.2f}) and not those of dropping the "
             f"token (off by {from_dropped / 3:.2f}). Choose another, such as baselines='remove' or "
             "'pad'"
         )

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from captum_llm_ext.compat import InterpretableInput
+from captum_llm_ext.inputs.features import ends_by_itself
 from captum_llm_ext.inputs.targets import Target
 from captum_llm_ext.model.adapter import layout_of
 from captum_llm_ext.model.hooks import embedding_leaves, reading
@@ -63,6 +66,18 @@ def warn_of_dropout(forcing: TeacherForcing) -> None:
             "the model is in training mode and has dropout, so the attribution is random: "
             "call model.eval() first",
         )
+
+
+def warn_of_ended_prompt(inp: InterpretableInput, prompt: Tensor, tokenizer: Any) -> None:
+    """Warn where the tokenizer itself ended the prompt (1, n_prompt), which the target follows."""
+    end = getattr(tokenizer, "eos_token_id", None)
+    if end is None or int(prompt[0, -1]) != end or not ends_by_itself(inp, tokenizer, end):
+        return
+    warn(
+        f"the tokenizer ends each text with its end-of-sequence token {tokenizer.eos_token!r}, so "
+        "the target is scored after a text that has ended: turn that off where the tokenizer is "
+        "loaded (add_eos_token=False, with add_bos_token as it is)",
+    )
 
 
 def warn_of_low_precision(precision: torch.dtype, sites: Sequence[Site], model: nn.Module) -> None:

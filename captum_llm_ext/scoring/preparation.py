@@ -8,12 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from captum_llm_ext.compat import InterpretableInput
 from captum_llm_ext.inputs.features import Features
-from captum_llm_ext.model.adapter import Adapter
+from captum_llm_ext.model.adapter import CAUSAL, Adapter
 from captum_llm_ext.model.hooks import evaluating
 from captum_llm_ext.model.layers import accepts
 from captum_llm_ext.model.prefix_cache import PrefixCache, can_be_cropped
-from captum_llm_ext.scoring.checks import check_causal, check_context, check_ids, warn_of_dropout
+from captum_llm_ext.scoring.checks import (
+    check_causal,
+    check_context,
+    check_ids,
+    warn_of_dropout,
+    warn_of_ended_prompt,
+)
 from captum_llm_ext.scoring.tasks import Request, Task, task_of
 from captum_llm_ext.scoring.teacher_forcing import Pass, TeacherForcing
 
@@ -74,8 +81,10 @@ class Prepared:
         return replace(self, forcing=shorter) if scored.agrees_with(self.probe) else self
 
 
-def prepare(model: nn.Module, tokenizer: Any, prompt: Tensor, request: Request) -> Prepared:
-    """The prompt (1, n_prompt) with the request's target, which the model generates if need be.
+def prepare(
+    model: nn.Module, tokenizer: Any, inp: InterpretableInput, prompt: Tensor, request: Request
+) -> Prepared:
+    """The input's prompt (1, n_prompt) with the request's target, generated if need be.
 
     Raises:
         ValueError: ids that are not in the vocabulary, a prompt and target that are too long, or
@@ -85,6 +94,8 @@ def prepare(model: nn.Module, tokenizer: Any, prompt: Tensor, request: Request) 
     forcing = task.teacher_forcing(model, tokenizer, prompt, request)
     check_ids(forcing)
     check_context(forcing)
+    if task.name == CAUSAL:
+        warn_of_ended_prompt(inp, prompt, tokenizer)
     return Prepared(task, forcing, task.output_tokens(forcing, tokenizer))
 
 

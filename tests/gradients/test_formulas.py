@@ -9,8 +9,15 @@ import torch
 from captum.attr import LayerGradientShap, LayerGradientXActivation, LayerIntegratedGradients
 from torch import Tensor, nn
 
-from captum_llm_ext import LayerSaliency
-from tests.models.families import CausalToy, LinearToy, layer_names, tiny_model
+from captum_llm_ext import LayerSaliency, TextTokenInput, segment_input
+from tests.models.families import (
+    PROMPT,
+    CausalToy,
+    LinearToy,
+    layer_names,
+    tiny_model,
+    tiny_tokenizer,
+)
 from tests.oracles.cases import (
     assert_close,
     modules,
@@ -184,3 +191,102 @@ def test_gradient_shap_of_a_list_is_each_layer_alone_when_linear() -> None:
     head[-1] = (end - start)[target_ids(1)].detach()  # only the last position is read
     assert_close(result.layer_token_attr[0], linear_rows(model, 1))
     assert_close(result.layer_token_attr[1, 0], head)
+
+
+# --- rows of features that a baseline keeps, as Captum's LayerGradientShap takes them ------------
+
+ROWS = torch.tensor([[0, 1, 0, 0, 1, 1, 0, 0], [0, 0, 0, 1, 1, 0, 0, 1]])
+
+
+@pytest.mark.parametrize("rows", [ROWS, ROWS.float(), torch.zeros(1, 8), ROWS.bool()])
+def test_rows_of_a_linear_model_are_its_closed_form(rows: Tensor) -> None:
+    """A feature that a row keeps does not move along that row's path."""
+    model = LinearToy()
+    result = shap(model, model.embedding, baselines=(rows,), n_samples=2)
+    assert_close(result.token_attr, linear_rows(model) * (1 - rows.float()).mean(0))
+    assert_close(result.seq_attr, result.token_attr.sum(0))
+
+
+def by_formula(model: Any, starts: list[Tensor], n_samples: int) -> Tensor:
+    """The mean over starts (8,) of token ids, and over points, of (e − e_start) · ∂log p/∂e."""
+    prompt, target = prompt_input().inp_tensor[0], target_ids(2)
+    embedding, total = model.embedding.weight.detach(), torch.zeros(2, 8)
+    torch.manual_seed(0)
+    for start in starts:
+        points = torch.rand(n_samples)
+        torch.randint(2**31, ())  # the seed of the noise, which is off
+        difference = embedding[prompt] - embedding[start]
+        for point in points.tolist():
+            for t, token in enumerate(target.tolist()):
+                fed = torch.cat([prompt, target[:t]])
+                value = embedding[fed].clone()
+                value[:8] = embedding[start] + point * difference
+                value.requires_grad_()
+                hook = model.embedding.register_forward_hook(lambda *_, v=value: v[None])
+                score = model(fed[None]).logits[0, -1].log_softmax(-1)[token]
+                hook.remove()
+                gradient = torch.autograd.grad(score, value)[0][:8]
+                total[t] += (difference * gradient).sum(-1) / n_samples / len(starts)
+    return total
+
+
+def test_rows_of_a_nonlinear_model_are_the_formula() -> None:
+    model, prompt = CausalToy(), prompt_input().inp_tensor[0]
+    result = shap(model, model.embedding, baselines=(ROWS,), n_samples=3)
+    starts = [torch.where(row == 1, prompt, 0) for row in ROWS]
+    assert_close(result.token_attr, by_formula(model, starts, 3))
+    assert result.inp.baselines == 0  # the input keeps its own
+    assert not shap(model, model.embedding, baselines=(torch.ones(1, 8),)).token_attr.any()
+
+
+def test_rows_with_other_baselines_of_the_input() -> None:
+    """Tokens of a text stand where they would stand with no feature kept; so do embeddings."""
+    model, prompt = CausalToy(), prompt_input().inp_tensor[0]
+    text = tiny_tokenizer().encode("golf hiking friends", add_special_tokens=False)
+    absent = torch.tensor((text * 8)[:7])
+    absent = torch.cat([prompt[:1], absent])  # <s> is special and stays
+    for own, at in ((7, torch.full((8,), 7)), (("text", "golf hiking friends"), absent)):
+        inp = TextTokenInput(PROMPT, tiny_tokenizer(), baselines=own)
+        ids = [torch.where(row == 1, prompt, at) for row in ROWS]
+        found, expected = (
+            our_attribution(
+                LayerIntegratedGradients, model, model.layer, inp, target=target_ids(2), baselines=b
+            )
+            for b in ((ROWS,), ids)
+        )
+        assert_close(found.token_attr, expected.token_attr)
+
+
+def test_rows_of_a_template_and_with_generated_tokens() -> None:
+    model = LinearToy()
+    inp: Any = segment_input(PROMPT, "word")
+    kept = torch.tensor([[1, 0, 1, 0, 0, 1]])
+    how: dict[str, Any] = {"target": target_ids(3), "include_generated": True}
+    plain, rows = (
+        our_attribution(
+            LayerIntegratedGradients, model, model.embedding, inp, **how, **more
+        ).token_attr
+        for more in ({}, {"baselines": (kept,)})
+    )
+    moves = torch.cat([1 - kept[0], torch.ones(3)])
+    assert_close(rows, plain * moves)
+    assert rows[:, 6:].abs().max() > 0
+
+
+def test_what_rows_must_be() -> None:
+    model = CausalToy()
+    for wrong in (
+        (torch.zeros(1, 7),),
+        (torch.zeros(8),),
+        (torch.full((1, 8), 2),),
+        (torch.zeros(0, 8),),
+        (torch.zeros(1, 8), torch.zeros(1, 8)),
+    ):
+        with pytest.raises(ValueError, match=r"one tensor \(n_rows, 8\) of 0 and 1"):
+            shap(model, model.embedding, baselines=wrong)
+    with pytest.raises(ValueError, match="LayerSaliency, which has no path"):
+        our_attribution(
+            LayerSaliency, model, model.embedding, prompt_input(), target="golf", baselines=(ROWS,)
+        )
+    with pytest.warns(UserWarning, match=r"pass the tuple \(tensor,\)"):
+        shap(model, model.embedding, baselines=torch.zeros(1, 8).long())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -136,6 +137,66 @@ def test_one_message_like_its_surroundings(by: str) -> None:
     expected = expected_by_gradient(wide_toy(), prompt, owners, target_ids(2), 1)
     result = by_gradient(inp, chat_tokenizer(), target_ids(2))
     assert_close(result.token_attr, expected)
+
+
+# As of thinking models: an earlier answer loses its thoughts, and calls of tools have no content.
+THINKING = (
+    "{% for m in messages %}{% set c = m.content or '' %}"
+    "{% if m.role == 'assistant' %}{% set c = c.split('</think>')[-1].strip() %}{% endif %}"
+    "{% if m.role == 'critic' %}{{ raise_exception('critics are not heard') }}{% endif %}"
+    "<|{{ m.role }}|>\n{{ c }}"
+    "{% for t in m.tool_calls or [] %}[{{ t.function.name }}]{% endfor %}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+THOUGHTS = [
+    {"role": "user", "content": "Where is Paris?"},
+    {"role": "assistant", "content": "<think>\nOf Paris.\n</think>\n\nIn France."},
+    {"role": "user", "content": "And Tokyo?"},
+]
+CALL = [
+    {"role": "user", "content": "Where is Paris?"},
+    {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "find"}}]},
+    {"role": "assistant", "tool_calls": [{"function": {"name": "look"}}]},
+    {"role": "tool", "content": "In France."},
+]
+
+
+def thinking_tokenizer() -> Any:
+    tokenizer = deepcopy(chat_tokenizer())
+    tokenizer.chat_template = THINKING
+    return tokenizer
+
+
+@pytest.mark.parametrize("by", ["token", "message", "word"])
+@pytest.mark.parametrize("messages", [THOUGHTS, CALL])
+def test_only_messages_that_hold_features_stand_as_they_are(messages: Any, by: str) -> None:
+    tokenizer = thinking_tokenizer()
+    inp = chat_input(messages, tokenizer, by=by)
+    texts = [m["content"] for m in messages if m["role"] == "user"]
+    joined = "" if by == "message" else "".join(inp.values).replace("Ġ", " ")
+    assert inp.values == texts or joined.replace(" ", "") == "".join(texts).replace(" ", "")
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    ids = inp.to_model_input()
+    ids = tokenizer.encode(ids) if isinstance(ids, str) else ids[0].tolist()
+    expected = tokenizer.encode(text, add_special_tokens=False)
+    assert ids[-len(expected) :] == expected
+
+
+def test_messages_that_hold_features_are_not_changed() -> None:
+    tokenizer = thinking_tokenizer()
+    with pytest.raises(ValueError, match="the template leaves out value 1, '<think>"):
+        chat_input(THOUGHTS, tokenizer, roles=("user", "assistant"))
+    with pytest.raises(ValueError, match="leave its role out of roles"):
+        chat_input(CALL, tokenizer, roles=("user", "assistant"))
+
+
+def test_what_a_template_refuses() -> None:
+    tokenizer = thinking_tokenizer()
+    with pytest.raises(ValueError, match="refuses the messages: critics are not heard"):
+        chat_input([*THOUGHTS, {"role": "critic", "content": "No."}], tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}{{ '<' + m.content }}{% endfor %}"
+    with pytest.raises(ValueError, match="refuses the messages: can only concatenate str"):
+        chat_input([*THOUGHTS[:1], {"role": "tool", "content": 3}], tokenizer)
 
 
 def test_tokens_are_still_the_default() -> None:

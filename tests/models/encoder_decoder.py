@@ -103,9 +103,15 @@ def log_p(model: Any, encoder_ids: Tensor, decoder_ids: Tensor, token: int) -> T
     return output.logits[:, -1].log_softmax(-1)[:, token]
 
 
+def beginning(model: Any) -> list[int]:
+    """What the decoder begins with: its start token and, of BART, the token that is forced."""
+    forced = model.generation_config.forced_bos_token_id
+    return [model.config.decoder_start_token_id, *([] if forced is None else [forced])]
+
+
 def decoder_ids(model: Any, target: Tensor, t: int) -> Tensor:
     """What the decoder has been fed when it predicts token t."""
-    return torch.tensor([[model.config.decoder_start_token_id, *target[:t].tolist()]])
+    return torch.tensor([[*beginning(model), *target[:t].tolist()]])
 
 
 def loop(method: str, model: nn.Module, layer: Any, ids: Tensor, target: Tensor, **how: Any) -> Any:
@@ -128,8 +134,9 @@ def loop_with_generated(
 ) -> Tensor:
     """(T, n_input + T) of layers (encoder's or None, decoder's or None), by Captum's own method.
 
-    The decoder's earlier tokens go to the baseline with the encoder's; its start stays.
+    The decoder's earlier tokens go to the baseline with the encoder's; its beginning stays.
     """
+    n_beginning = len(beginning(model))
     rows = torch.zeros(len(target), ids.size(1) + len(target))
     chosen = [layer for layer in layers if layer is not None]
     for t, token in enumerate(target.tolist()):
@@ -140,7 +147,7 @@ def loop_with_generated(
         fed = decoder_ids(model, target, t)
         if method == "LayerIntegratedGradients":
             start = torch.full_like(fed, baseline)
-            start[0, 0] = fed[0, 0]
+            start[0, :n_beginning] = fed[0, :n_beginning]
             how = {**how, "baselines": (torch.full_like(ids, baseline), start)}
         found = getattr(captum.attr, method)(forward, chosen).attribute((ids, fed), **how)
         for layer, values in zip(chosen, found, strict=True):
@@ -148,7 +155,7 @@ def loop_with_generated(
             if layer is layers[0]:
                 rows[t, : ids.size(1)] = summed
             else:
-                rows[t, ids.size(1) : ids.size(1) + t] = summed[1:]
+                rows[t, ids.size(1) : ids.size(1) + t] = summed[n_beginning:]
     return rows
 
 

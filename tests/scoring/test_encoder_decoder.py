@@ -22,6 +22,7 @@ from tests.models.encoder_decoder import (
     CONFIGS,
     FAMILIES,
     LAYERS,
+    beginning,
     decoder_ids,
     fresh_seq2seq,
     log_p,
@@ -173,7 +174,7 @@ def test_sums_match_the_score_difference(family: str, generated: bool) -> None:
         fed = decoder_ids(model, target, t)
         start = fed.clone()
         if generated:
-            start[0, 1:] = BASELINE
+            start[0, len(beginning(model)) :] = BASELINE
         with torch.no_grad():
             difference = log_p(model, ids, fed, token) - log_p(
                 model, torch.full_like(ids, BASELINE), start, token
