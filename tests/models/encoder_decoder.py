@@ -104,12 +104,12 @@ def log_p(model: Any, encoder_ids: Tensor, decoder_ids: Tensor, token: int) -> T
 
 
 def decoder_ids(model: Any, target: Tensor, t: int) -> Tensor:
-    """What the decoder has been fed when it predicts token t."""
+    """The ids that the decoder is fed to predict token t."""
     return torch.tensor([[model.config.decoder_start_token_id, *target[:t].tolist()]])
 
 
 def loop(method: str, model: nn.Module, layer: Any, ids: Tensor, target: Tensor, **how: Any) -> Any:
-    """(T, n_input) by Captum's own method, one target token at a time."""
+    """(T, n_input) by Captum's method, one target token at a time."""
     rows = []
     for t, token in enumerate(target.tolist()):
 
@@ -126,9 +126,9 @@ def loop(method: str, model: nn.Module, layer: Any, ids: Tensor, target: Tensor,
 def loop_with_generated(
     method: str, model: Any, layers: Any, ids: Tensor, target: Tensor, baseline: int, **how: Any
 ) -> Tensor:
-    """(T, n_input + T) of layers (encoder's or None, decoder's or None), by Captum's own method.
+    """(T, n_input + T) of layers (encoder's or None, decoder's or None), by Captum's method.
 
-    The decoder's earlier tokens go to the baseline with the encoder's; its start stays.
+    The baseline replaces the encoder's tokens and the decoder's earlier ones; its start stays.
     """
     rows = torch.zeros(len(target), ids.size(1) + len(target))
     chosen = [layer for layer in layers if layer is not None]
@@ -142,8 +142,8 @@ def loop_with_generated(
             start = torch.full_like(fed, baseline)
             start[0, 0] = fed[0, 0]
             how = {**how, "baselines": (torch.full_like(ids, baseline), start)}
-        found = getattr(captum.attr, method)(forward, chosen).attribute((ids, fed), **how)
-        for layer, values in zip(chosen, found, strict=True):
+        attributions = getattr(captum.attr, method)(forward, chosen).attribute((ids, fed), **how)
+        for layer, values in zip(chosen, attributions, strict=True):
             summed = values.sum(-1)[0]
             if layer is layers[0]:
                 rows[t, : ids.size(1)] = summed
