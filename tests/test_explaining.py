@@ -24,7 +24,7 @@ from captum_llm_ext import (
     LLMLayerAttributionResult,
     explain,
 )
-from captum_llm_ext.registry import METHODS
+from captum_llm_ext.registry import ATTENTION, METHODS
 from tests.models.families import PROMPT, TARGET, CausalToy, tiny_model, tiny_tokenizer
 
 BLOCKS = len(tiny_model("llama").model.layers)
@@ -117,7 +117,8 @@ def test_an_interpretable_input_is_taken_as_it_is(model, tokenizer):
 @pytest.mark.parametrize("baselines", [9, "no such", ["pad", "unk"]])
 @pytest.mark.parametrize("method", [n for n, row in METHODS.items() if not row.takes_baselines])
 def test_methods_without_a_path_refuse_baselines(model, tokenizer, method, baselines):
-    kind, match = (TypeError, "baselines") if method == "attention" else (ValueError, "no path")
+    reads = METHODS[method].wrapper == ATTENTION
+    kind, match = (TypeError, "baselines") if reads else (ValueError, "no path")
     with pytest.raises(kind, match=match):
         explain(model, tokenizer, PROMPT, TARGET, method, baselines=baselines)
 
@@ -171,7 +172,9 @@ def test_a_plain_module_needs_its_layer_named(tokenizer):
 
 @pytest.mark.parametrize("method", ["", "IG", "shap", None])
 def test_unknown_method_names_those_there_are(model, tokenizer, method):
-    with pytest.raises(ValueError, match=r"saliency, ig, .*, kernelshap, attention; got"):
+    with pytest.raises(
+        ValueError, match=r"saliency, ig, .*, kernelshap, attention, flow, flow_rollout; got"
+    ):
         explain(model, tokenizer, PROMPT, TARGET, method)
 
 

@@ -166,7 +166,15 @@ class LLMAttentionAttribution(BaseLLMAttribution):
     def of_method(
         cls, name: str, model: nn.Module, tokenizer: Any, layers: Any, settings: Mapping[str, Any]
     ) -> LLMAttentionAttribution:
-        """The wrapper for a row of the registry; it needs no attribution method of Captum."""
+        """The wrapper for a row of the registry; it needs no attribution method of Captum.
+
+        Args:
+            name: the method's name in `captum_llm_ext.registry.METHODS`.
+            model: the model.
+            tokenizer: the model's tokenizer.
+            layers: as of the class.
+            settings: what the method and the wrapper are made with.
+        """
         del name
         return cls(model, tokenizer, layers, **settings)
 

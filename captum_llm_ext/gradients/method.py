@@ -52,7 +52,12 @@ class GradientMethod:
 
     @classmethod
     def of(cls, attr_method: Any, **options: Any) -> GradientMethod:
-        """The method of one run, from what the user made and the keywords of `attribute`."""
+        """The method of one run.
+
+        Args:
+            attr_method: what the user made.
+            **options: the keywords of `attribute` that belong to the method.
+        """
         del options
         method: GradientMethod = attr_method
         return method
@@ -71,12 +76,22 @@ class GradientMethod:
         return type(self).surround is not GradientMethod.surround
 
     def sites(self, sites: Sequence[Site], model: nn.Module) -> Sequence[Site]:
-        """The layers that are traced: those that the caller chose, and what the path needs."""
+        """The layers that are traced: those that the caller chose, and what the path needs.
+
+        Args:
+            sites: the chosen layers.
+            model: the model.
+        """
         del model
         return sites
 
     def checked(self, sites: Iterable[Site], model: nn.Module) -> list[Site]:
-        """The layers whose sums are checked against the scores."""
+        """The layers whose sums are checked against the scores.
+
+        Args:
+            sites: all layers.
+            model: the model.
+        """
         del model
         return list(sites)
 
@@ -87,7 +102,14 @@ class GradientMethod:
         plan: Plan,
         totals: Mapping[Site, LayerTotal],
     ) -> Iterator[Any]:
-        """The paths to run, each over some of the layers that see the tokens (`Trace.alive`)."""
+        """The paths to run, each over some of the layers that see the tokens (`Trace.alive`).
+
+        Args:
+            trace: the model's pass at the input.
+            start: where paths start, or None.
+            plan: the caller's options.
+            totals: what the paths add to.
+        """
         del start
         yield InputPoint(trace, self, plan, totals)
 

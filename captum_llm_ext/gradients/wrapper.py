@@ -265,7 +265,15 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
     def of_method(
         cls, name: str, model: nn.Module, tokenizer: Any, layers: Any, settings: Mapping[str, Any]
     ) -> LLMGradientAttribution:
-        """The wrapper of a method of the registry; its layers are the input embeddings if None."""
+        """The wrapper of a method of the registry.
+
+        Args:
+            name: the method's name in `captum_llm_ext.registry.METHODS`.
+            model: the model.
+            tokenizer: the model's tokenizer.
+            layers: the layers; None for the input embeddings.
+            settings: what the method and the wrapper are made with.
+        """
         method = method_named(name)
         layers = _input_embeddings(model) if layers is None else layers
         made_with = {key: settings[key] for key in method.settings if key in settings}

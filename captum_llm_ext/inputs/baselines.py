@@ -1,7 +1,8 @@
 """Baselines: what stands in place of an absent feature, as token ids or as embeddings.
 
 A new baseline of embeddings is one function and one line in `EMBEDDING_BASELINES`; one of token
-ids, given as a pair (name, value), is one function and one line in `TOKEN_BASELINES`.
+ids, which a user writes as a pair (name, value), is one function and one line in
+`TOKEN_BASELINES`.
 """
 
 from __future__ import annotations
@@ -147,7 +148,7 @@ class Baseline(NamedTuple):
 
 
 def baseline_ids(baseline: Baseline, absent: AbsentTokens) -> Tensor:
-    """The token id (length,) that stands for each token where it is absent.
+    """The token ids (length,) that stand for the tokens where they are absent.
 
     Raises ValueError or TypeError for a baseline that is no token.
     """
@@ -192,7 +193,7 @@ def _per_position(values: Tensor, replaced: Tensor, value_dims: int) -> Tensor:
     if values.dim() == value_dims + 2 and values.size(0) == 1:
         values = values[0]
     length, count = len(replaced), int(replaced.sum())
-    end = int(replaced.nonzero().max()) + 1  # of a prompt, whose target is not replaced
+    end = int(replaced.nonzero().max()) + 1  # values for a prompt leave its target out
     if values.dim() == value_dims + 1 and end <= len(values) < length:
         values = torch.cat([values, values.new_zeros(length - len(values), *values.shape[1:])])
     if values.dim() == value_dims + 1 and len(values) == length:
@@ -249,7 +250,7 @@ class PathStart:
 def path_start(
     spec: BaselineSpec, ids: Tensor, replaced: Tensor, tokenizer: Any, model: nn.Module
 ) -> PathStart:
-    """The start with the `replaced` positions (length,) of `ids` (1, length) at a baseline."""
+    """The start for `ids` (1, length), with a baseline at the `replaced` positions (length,)."""
     if not replaced.any():
         return PathStart(ids, replaced)
     baseline = Baseline.parse(spec, tokenizer)

@@ -55,10 +55,9 @@ class TextTokenInput(CaptumTextTokenInput):
         skip_tokens: Sequence[int] | Sequence[str] | None = None,
     ) -> None:
         kind, value = Baseline.parse(baselines, tokenizer)
-        # What depends on the model or the prompt is kept by name, for `attribute` to look up.
-        is_known = kind in ("ids", "unknown")
-        self.named_baseline: BaselineSpec = None if is_known else baselines
-        value = value if is_known else 0
+        self.named_baseline: BaselineSpec = None
+        if kind not in ("ids", "unknown"):  # `attribute` looks it up, with the model
+            self.named_baseline, value = baselines, 0
         super().__init__(text, tokenizer, value, token_ids(skip_tokens, tokenizer) or None)
 
 

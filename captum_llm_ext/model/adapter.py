@@ -56,7 +56,7 @@ class Layout:
         return decoder_blocks(model)
 
     def check_embedding_baseline(self, replaced: Tensor) -> None:
-        """Refuse embeddings as the baseline of `replaced` (length,) positions; here all may be."""
+        """Refuse embeddings as the baseline of `replaced` (length,) positions where none fits."""
 
 
 class Adapter(nn.Module, Layout):

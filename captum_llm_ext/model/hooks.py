@@ -1,4 +1,4 @@
-"""Read, replace and replay layers while a model runs; everything is undone on leaving, always."""
+"""Read, replace and replay layers while a model runs; on leaving, everything is as before."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def patched(patches: Iterable[tuple[nn.Module, str, Any]]) -> Iterator[None]:
 
 @contextmanager
 def differentiable(model: nn.Module) -> Iterator[None]:
-    """Gradients of activations and not of weights, in whatever mode the caller is.
+    """Let activations have gradients and weights none, in whatever mode the caller is.
 
     Gradients of weights cost time and memory, and attribution does not use them.
     """
@@ -199,12 +199,12 @@ class HeadInput:
 
 @contextmanager
 def split_at_head(model: nn.Module, sites: Sequence[Site] = ()) -> Iterator[HeadInput]:
-    """Cut the graph at the input of the output head, so that backwards walk the head only once.
+    """Cut the graph at the input of the output head, so that one backward through it is enough.
 
     A token's score depends on one position of the head's input, so one backward gives the
     gradients there for all target tokens. The graph stays whole where one of the `sites`, whose
-    gradients will be taken, lies in the head. The copy to a contiguous tensor matters too: on a
-    slice the product falls back to a far slower one.
+    gradients will be taken, lies in the head. The copy to a contiguous tensor matters too: the
+    product of a slice is far slower.
     """
     split, head = HeadInput(), output_head(model)
     keep_graph = head is not None and any(s.module in set(head.modules()) for s in sites)

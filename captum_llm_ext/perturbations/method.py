@@ -91,7 +91,10 @@ class PerturbationMethod(PerturbationAttribution):
     ) -> Tensor:
         """Attributions (1 + n_output or 1, n_features) of a prompt or a picture.
 
-        feature_mask: (1, n_features) numbers that put features into groups.
+        Args:
+            masked: its masked prompts.
+            feature_mask: (1, n_features) numbers that put features into groups.
+            **reserved: options of Captum's methods, without effect here.
         """
         group_of = torch.arange(masked.inp.n_itp_features)
         if feature_mask is not None:

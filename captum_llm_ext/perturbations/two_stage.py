@@ -42,6 +42,7 @@ class TwoStageAblation(PerturbationMethod):
     """
 
     def run(self, game: Game) -> Generator[Tensor, Tensor, Tensor]:
+        """Two stages of masks: all but one of the whole, then of what was kept."""
         scores = yield torch.cat([game.whole(), game.leave_one_out()])
         drops = scores[:1] - scores[1:]  # (n_features, 1 + n_output)
 

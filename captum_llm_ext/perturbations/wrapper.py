@@ -117,7 +117,14 @@ class LLMAttribution(CaptumLLMAttribution):
     def of_method(
         cls, name: str, model: nn.Module, tokenizer: Any, layers: Any, settings: Mapping[str, Any]
     ) -> LLMAttribution:
-        """The wrapper of a method of the registry, made with settings of both.
+        """The wrapper of a method of the registry.
+
+        Args:
+            name: the method's name in `captum_llm_ext.registry.METHODS`.
+            model: the model.
+            tokenizer: the model's tokenizer.
+            layers: None, since perturbation methods have no layers.
+            settings: what the method and the wrapper are made with.
 
         Raises:
             ValueError: layers, which perturbation methods do not have, or an unknown name.

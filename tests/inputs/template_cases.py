@@ -41,11 +41,11 @@ def filled(frame: Frame, values: Sequence[str]) -> str:
 
 def pieces(frame: Frame, values: Sequence[str]) -> list[tuple[str, int]]:
     """The text of each piece and the number of its value, -1 for the template's own text."""
-    found, number = [], 0
+    parts, number = [], 0
     for piece in frame:
-        found.append((values[number], number) if piece is VALUE else (piece, -1))
+        parts.append((values[number], number) if piece is VALUE else (piece, -1))
         number += piece is VALUE
-    return found
+    return parts
 
 
 def template_of(frame: Frame, keys: Sequence[str] | None = None) -> str:
@@ -85,52 +85,52 @@ FORMS = ("list", "dict", "callable", "callable_dict")
 
 
 def unmerged(values: Sequence[str], frame: Frame = FRAME) -> tuple[Tensor, Tensor]:
-    """Prompt ids (n,) and the value of each (n,), each piece tokenised for itself."""
+    """Prompt ids (n,) and the value of each (n,); each piece is tokenised by itself."""
     tokenizer = tiny_tokenizer()
-    ids, owners = [tokenizer.bos_token_id], [-1]
-    for text, owner in pieces(frame, values):
+    ids, value_of = [tokenizer.bos_token_id], [-1]
+    for text, number in pieces(frame, values):
         tokens = tokenizer.encode(text, add_special_tokens=False)
         ids += tokens
-        owners += [owner] * len(tokens)
+        value_of += [number] * len(tokens)
     assert ids == tokenizer.encode(filled(frame, values)), "the tokenizer merges these pieces"
-    return torch.tensor(ids), torch.tensor(owners)
+    return torch.tensor(ids), torch.tensor(value_of)
 
 
 def by_majority(parts: Sequence[tuple[str, int]], tokenizer: Any) -> tuple[Tensor, list[Tensor]]:
     """Prompt ids (n,) and the value that holds most characters of each (n,), by its offsets.
 
-    Of a token half of one value and half of another, either is right: every choice is listed.
-    A value comes before the template, and one that would have no token takes the template's
-    token with most of its characters. A value is left out where even that is not to be had.
+    A token may lie half in one value and half in another. Either is right then, and every choice
+    is listed. A value comes before the template. A value that would have no token takes the
+    template's token with most of its characters, and has none where there is no such token.
     """
-    owner_at = [owner for text, owner in parts for _ in text]
+    value_at = [number for text, number in parts for _ in text]
     encoded = tokenizer("".join(text for text, _ in parts), return_offsets_mapping=True)
-    owners = [_most(owner_at[start:stop]) for start, stop in encoded["offset_mapping"]]
-    choices = [torch.tensor(choice) for choice in product(*owners)]
+    candidates = [_most_frequent(value_at[a:b]) for a, b in encoded["offset_mapping"]]
+    choices = [torch.tensor(choice) for choice in product(*candidates)]
     for choice in choices:
-        for missing in sorted(set(owner_at) - {-1} - set(choice.tolist())):
-            shares = [owner_at[a:b].count(missing) for a, b in encoded["offset_mapping"]]
+        for missing in sorted(set(value_at) - {-1} - set(choice.tolist())):
+            shares = [value_at[a:b].count(missing) for a, b in encoded["offset_mapping"]]
             best = shares.index(max(shares))
             if choice[best] == -1:
                 choice[best] = missing
     return torch.tensor(encoded["input_ids"]), choices
 
 
-def _most(owners: Sequence[int]) -> list[int]:
-    counts = Counter(owners)
-    first = [owner for owner, count in counts.items() if count == max(counts.values())]
-    return [owner for owner in first if owner >= 0] or [-1]
+def _most_frequent(values: Sequence[int]) -> list[int]:
+    counts = Counter(values)
+    most = [value for value, count in counts.items() if count == max(counts.values())]
+    return [value for value in most if value >= 0] or [-1]
 
 
-def columns(positions: Tensor, owners: Tensor, n_values: int) -> Tensor:
+def columns(positions: Tensor, value_of: Tensor, n_values: int) -> Tensor:
     """(T, width) → (T, n_values): the sum over the positions of each value."""
-    picked = torch.stack([owners == i for i in range(n_values)], dim=1)
-    return positions[:, : len(owners)] @ picked.to(positions)
+    picked = torch.stack([value_of == i for i in range(n_values)], dim=1)
+    return positions[:, : len(value_of)] @ picked.to(positions)
 
 
 @cache
 def merging_tokenizer(vocab_size: int = 700) -> PreTrainedTokenizerFast:
-    """A byte-level BPE whose tokens run across spaces and words, and which adds none of its own."""
+    """A byte-level BPE whose tokens run across spaces and words, and which adds no token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -160,21 +160,21 @@ def chat_pieces(
     messages: Sequence[Mapping[str, str]], roles: Sequence[str], beginning: str = "<s>"
 ) -> list[tuple[str, int]]:
     """The chat as CHAT_TEMPLATE renders it, with the whole messages of the roles as values."""
-    found, number = [(beginning, -1)], 0
+    parts, number = [(beginning, -1)], 0
     for message in messages:
-        wanted = message["role"] in roles
-        found += [
+        is_value = message["role"] in roles
+        parts += [
             (f"<|{message['role']}|>\n", -1),
-            (message["content"], number if wanted else -1),
+            (message["content"], number if is_value else -1),
             ("</s>\n", -1),
         ]
-        number += wanted
-    return [*found, ("<|assistant|>\n", -1)]
+        number += is_value
+    return [*parts, ("<|assistant|>\n", -1)]
 
 
 @cache
 def chat_tokenizer(adds_beginning: bool = True, writes_beginning: bool = True) -> Any:
-    """The tiny tokenizer for chats; who adds "<s>", the tokenizer, the template or both."""
+    """The tiny tokenizer for chats, where the tokenizer, the template, both or none add "<s>"."""
     tokenizer = copy.deepcopy(tiny_tokenizer())
     if not adds_beginning:
         tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A")
@@ -186,13 +186,15 @@ def chat_tokenizer(adds_beginning: bool = True, writes_beginning: bool = True) -
 # --- oracles -------------------------------------------------------------------------------------
 
 
-def question(family: str, layer_kind: str, count: int, **more: Any) -> tuple[Problem, Tensor]:
+def template_problem(
+    family: str, layer_kind: str, count: int, **more: Any
+) -> tuple[Problem, Tensor]:
     """The prompt with the values, its baseline with SAME_LENGTH, and the value of each position."""
     model = tiny_model(family)
     layer = model.get_submodule(layer_names(family)[layer_kind])
-    prompt, owners = unmerged(VALUES)
+    prompt, value_of = unmerged(VALUES)
     absent, _ = unmerged(SAME_LENGTH)
-    return Problem(model, [layer], prompt, target_ids(count), baseline=absent, **more), owners
+    return Problem(model, [layer], prompt, target_ids(count), baseline=absent, **more), value_of
 
 
 def captum_columns(
@@ -203,14 +205,14 @@ def captum_columns(
     n_steps: int = STEPS,
 ) -> Tensor:
     """(T, n_values): Captum's LayerIntegratedGradients from one tensor of ids to the other."""
-    (prompt, owners), (absent, others) = unmerged(VALUES), unmerged(start)
-    assert torch.equal(owners, others), "the baselines have other numbers of tokens"
+    (prompt, value_of), (absent, absent_of) = unmerged(VALUES), unmerged(start)
+    assert torch.equal(value_of, absent_of), "the baselines have other numbers of tokens"
     rows = []
     for t, token in enumerate(target):
         method = captum.attr.LayerIntegratedGradients(_scorer(model, int(token)), layer)
         ids, base = (torch.cat([part, target[:t]])[None] for part in (prompt, absent))
         rows.append(method.attribute(ids, base, n_steps=n_steps)[0, : len(prompt)].sum(-1))
-    return columns(torch.stack(rows), owners, len(VALUES))
+    return columns(torch.stack(rows), value_of, len(VALUES))
 
 
 def _scorer(model: nn.Module, token: int) -> Any:
@@ -224,19 +226,19 @@ def embedding_of(family: str) -> nn.Module:
 def start_embeddings(
     family: str, baselines: Sequence[str], neutral: Tensor, values: Sequence[str] = VALUES
 ) -> Tensor:
-    """(n, hidden): the rule of the design, one value after another."""
+    """(n, hidden): where a path starts by the rule of the design, one value after another."""
     embedding = embedding_of(family)
-    ids, owners = unmerged(values)
+    ids, value_of = unmerged(values)
     with torch.no_grad():
         rows = embedding(ids[None])[0].clone()
         for i, text in enumerate(baselines):
             tokens = tiny_tokenizer().encode(text, add_special_tokens=False)
-            count = int((owners == i).sum())
+            count = int((value_of == i).sum())
             if not tokens:
-                rows[owners == i] = neutral
+                rows[value_of == i] = neutral
                 continue
             absent = embedding(torch.tensor([tokens]))[0]
-            rows[owners == i] = absent if len(tokens) == count else absent.mean(0)
+            rows[value_of == i] = absent if len(tokens) == count else absent.mean(0)
     return rows
 
 
@@ -247,11 +249,11 @@ def mean_embedding(family: str) -> Tensor:
 
 
 def expected_by_gradient(
-    model: CausalToy, prompt: Tensor, owners: Tensor, target: Tensor, n_values: int
+    model: CausalToy, prompt: Tensor, value_of: Tensor, target: Tensor, n_values: int
 ) -> Tensor:
     """(T, n_values): gradient times embedding, summed over the positions of each value."""
     positions = gradient_x_activation(Problem(model, [model.embedding], prompt, target))[0].sum(-1)
-    return columns(positions, owners, n_values)
+    return columns(positions, value_of, n_values)
 
 
 def by_gradient(inp: Any, tokenizer: Any, target: Tensor, **kwargs: Any) -> Any:

@@ -15,6 +15,7 @@ from tests.oracles.cases import (
     assert_close,
     captum_attribution,
     formula,
+    in_pairs,
     our_attribution,
     problem,
     prompt_input,
@@ -23,6 +24,17 @@ from tests.oracles.cases import (
 
 # Few steps are enough to compare; that they do not converge is another file's matter.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+
+def test_a_path_from_the_pad_token_equals_captums() -> None:
+    model, target = tiny_model("llama"), target_ids(2)
+    embedding = model.model.embed_tokens
+    padded = captum.attr.TextTokenInput(PROMPT, tiny_tokenizer(), baselines=3)
+    expected = captum_attribution(LayerIntegratedGradients, model, embedding, padded, target=target)
+    inp = TextTokenInput(PROMPT, tiny_tokenizer(), baselines="pad")
+    result = our_attribution(LayerIntegratedGradients, model, embedding, inp, target=target)
+    assert_close(result.token_attr, expected.token_attr)
+
 
 BASELINES: dict[str, tuple[Any, int]] = {
     "pad": ("pad", 3),
@@ -36,23 +48,26 @@ BASELINES: dict[str, tuple[Any, int]] = {
 @pytest.mark.parametrize("name", BASELINES)
 @pytest.mark.parametrize("kind", ["embedding", "block"])
 def test_baseline_keyword_names_a_token(kind: str, name: str) -> None:
-    given, number = BASELINES[name]
+    keyword, number = BASELINES[name]
     if number < 0:
-        number = tiny_tokenizer().vocab[given]
+        number = tiny_tokenizer().vocab[keyword]
     target, model = target_ids(2), tiny_model("llama")
     layer = model.get_submodule(layer_names("llama")[kind])
-    own = captum.attr.TextTokenInput("Dave lives in Palm Coast", tiny_tokenizer(), baselines=number)
-    other = captum.attr.TextTokenInput("Dave lives in Palm Coast", tiny_tokenizer(), baselines=9)
-    expected = captum_attribution(LayerIntegratedGradients, model, layer, own, target=target)
+    text = "Dave lives in Palm Coast"
+    by_number = captum.attr.TextTokenInput(text, tiny_tokenizer(), baselines=number)
+    inp = captum.attr.TextTokenInput(text, tiny_tokenizer(), baselines=9)
+    expected = captum_attribution(LayerIntegratedGradients, model, layer, by_number, target=target)
     result = our_attribution(
-        LayerIntegratedGradients, model, layer, other, target=target, baselines=given
+        LayerIntegratedGradients, model, layer, inp, target=target, baselines=keyword
     )
     assert_close(result.token_attr, expected.token_attr)
 
 
-@pytest.mark.parametrize("name", ["zero", "mean", "tensor"])
-@pytest.mark.parametrize("form", ["default", "skip_tokens"])
-@pytest.mark.parametrize("kind", ["embedding", "block", "mlp"])
+@in_pairs(
+    kind=["embedding", "block", "mlp"],
+    form=["default", "skip_tokens"],
+    name=["zero", "mean", "tensor"],
+)
 def test_baseline_keyword_gives_embeddings(kind: str, form: str, name: str) -> None:
     inp, target, model = prompt_input(form), target_ids(2), tiny_model("llama")
     matrix = model.get_input_embeddings().weight.detach()
@@ -62,14 +77,14 @@ def test_baseline_keyword_gives_embeddings(kind: str, form: str, name: str) -> N
         "mean": matrix.mean(0).expand(count, -1),
         "tensor": matrix[7].expand(count, -1) * 0.5,
     }[name].clone()
-    given: Any = matrix[7] * 0.5 if name == "tensor" else name
+    keyword: Any = matrix[7] * 0.5 if name == "tensor" else name
     if inp.itp_mask is not None:
         skipped = ~inp.itp_mask[0]
         start[skipped] = matrix[inp.inp_tensor[0][skipped]]
     question = problem(model, layer_names("llama")[kind], inp=inp, count=2)
     question.baseline, question.embedding = start, model.get_input_embeddings()
     result = our_attribution(
-        LayerIntegratedGradients, model, question.layers[0], inp, target=target, baselines=given
+        LayerIntegratedGradients, model, question.layers[0], inp, target=target, baselines=keyword
     )
     assert_close(result.token_attr, formula("integrated_gradients", inp, question))
 
@@ -89,11 +104,11 @@ def test_several_baselines_are_averaged() -> None:
 
 
 def text_ids(text: str, inp: Any) -> torch.Tensor:
-    """The text's tokens in the places of the prompt's, but for its <s>."""
-    given = tiny_tokenizer()(text, add_special_tokens=False).input_ids
+    """The text's tokens at the positions of the prompt's tokens after its <s>."""
+    tokens = tiny_tokenizer()(text, add_special_tokens=False).input_ids
     ids = inp.inp_tensor[0].clone()
-    for place in range(1, len(ids)):
-        ids[place] = given[(place - 1) % len(given)]
+    for position in range(1, len(ids)):
+        ids[position] = tokens[(position - 1) % len(tokens)]
     return ids
 
 
@@ -114,9 +129,9 @@ def test_a_baseline_of_text_is_its_tokens_in_order(text: str) -> None:
         ablation.attribute(inp, target=target, baselines=b) for b in (("text", text), ids)
     )
     torch.testing.assert_close(by_text.token_attr, by_ids.token_attr)
-    own = TextTokenInput(PROMPT, tiny_tokenizer(), baselines=("text", text))
+    made_with_text = TextTokenInput(PROMPT, tiny_tokenizer(), baselines=("text", text))
     torch.testing.assert_close(
-        ablation.attribute(own, target=target).token_attr, by_text.token_attr
+        ablation.attribute(made_with_text, target=target).token_attr, by_text.token_attr
     )
 
 

@@ -18,8 +18,15 @@ from tests.inputs.template_cases import (
     wide_toy,
 )
 from tests.models.families import CausalToy, tiny_tokenizer
-from tests.oracles.cases import assert_close, target_ids
+from tests.oracles.cases import assert_close, in_pairs, target_ids
 from tests.perturbations.cases import ablation, game, ours, rows
+
+
+def test_words_of_messages() -> None:
+    messages = [{"role": "user", "content": "Dave plays golf"}]
+    inp = chat_input(messages, chat_tokenizer(), by="word")
+    assert [value.strip() for value in inp.values] == ["Dave", "plays", "golf"]
+
 
 MESSAGES = [
     {"role": "system", "content": "Be kind. Use {braces}."},
@@ -53,26 +60,24 @@ def test_the_oracle_renders_as_the_template_does() -> None:
     assert text == rendered(chat_tokenizer())
 
 
-@pytest.mark.parametrize("writes", [True, False])
-@pytest.mark.parametrize("adds", [True, False])
-@pytest.mark.parametrize("by", ["message", "sentence", "word", "line"])
+@in_pairs(by=["message", "sentence", "word", "line"], adds=[True, False], writes=[True, False])
 def test_the_chat_is_whole_and_begins_once(by: str, adds: bool, writes: bool) -> None:
     tokenizer = chat_tokenizer(adds, writes)
     inp = chat_input(MESSAGES, tokenizer, by=by)
     assert isinstance(inp, TextTemplateInput)
-    found = tokenizer.encode(inp.to_model_input())
+    ids = tokenizer.encode(inp.to_model_input())
     expected = tokenizer.encode(rendered(tokenizer), add_special_tokens=False)
     begins = int(adds or writes)
-    assert found.count(tokenizer.bos_token_id) == begins
-    assert found[begins:] == expected[int(writes) :]
+    assert ids.count(tokenizer.bos_token_id) == begins
+    assert ids[begins:] == expected[int(writes) :]
 
 
 @pytest.mark.parametrize("roles", ROLES, ids="-".join)
 def test_each_message_of_the_roles_is_a_feature(roles: tuple[str, ...]) -> None:
     inp = chat_input(MESSAGES, chat_tokenizer(), by="message", roles=roles)
     assert inp.values == [m["content"] for m in MESSAGES if m["role"] in roles]
-    prompt, (owners,) = by_majority(chat_pieces(MESSAGES, roles), chat_tokenizer(False))
-    expected = expected_by_gradient(wide_toy(), prompt, owners, target_ids(2), len(inp.values))
+    prompt, (value_of,) = by_majority(chat_pieces(MESSAGES, roles), chat_tokenizer(False))
+    expected = expected_by_gradient(wide_toy(), prompt, value_of, target_ids(2), len(inp.values))
     result = by_gradient(inp, chat_tokenizer(), target_ids(2))
     assert result.input_tokens == inp.values
     assert_close(result.token_attr, expected)
@@ -82,12 +87,6 @@ def test_each_message_of_the_roles_is_a_feature(roles: tuple[str, ...]) -> None:
 def test_segments_of_messages(by: str) -> None:
     inp = chat_input(MESSAGES, chat_tokenizer(), by=by)
     assert [value.strip() for value in inp.values] == SEGMENTS[by]
-
-
-def test_words_of_messages() -> None:
-    messages = [{"role": "user", "content": "Dave plays golf"}]
-    inp = chat_input(messages, chat_tokenizer(), by="word")
-    assert [value.strip() for value in inp.values] == ["Dave", "plays", "golf"]
 
 
 @pytest.mark.parametrize("by", ["message", "sentence"])
@@ -133,8 +132,8 @@ def test_one_message_like_its_surroundings(by: str) -> None:
     ]
     inp = chat_input(messages, chat_tokenizer(), by=by)
     assert inp.values == ["assistant"]
-    prompt, (owners,) = by_majority(chat_pieces(messages, ("user",)), chat_tokenizer(False))
-    expected = expected_by_gradient(wide_toy(), prompt, owners, target_ids(2), 1)
+    prompt, (value_of,) = by_majority(chat_pieces(messages, ("user",)), chat_tokenizer(False))
+    expected = expected_by_gradient(wide_toy(), prompt, value_of, target_ids(2), 1)
     result = by_gradient(inp, chat_tokenizer(), target_ids(2))
     assert_close(result.token_attr, expected)
 

@@ -26,6 +26,33 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:integrated gradients have not converged"),
 ]
 
+
+def test_few_shot_prompt_function_of_the_notebook(demo_model: Any) -> None:
+    model, tokenizer = demo_model
+
+    def prompt_fn(*examples: str) -> str:
+        main_prompt = (
+            "Decide if the following movie review is positive or negative.\n'I really liked"
+        )
+        main_prompt += " the Avengers.' Decision:"
+        subset = [example for example in examples if example]
+        if not subset:
+            return main_prompt
+        return "Here are some examples of movie reviews:\n" + "\n".join([*subset, main_prompt])
+
+    values = [
+        "'Movie was ok, the actors were not great.' -> Negative",
+        "'Loved it, it was an amazing story!' -> Positive",
+        "'Total waste of time!!' -> Negative",
+    ]
+    inp = TextTemplateInput(prompt_fn, values)
+    method = LayerIntegratedGradients(model, "model.layers.5")
+    result = LLMGradientAttribution(method, tokenizer).attribute(inp, " Positive", n_steps=4)
+    direct = LLMAttribution(FeatureAblation(model), tokenizer).attribute(inp, " Positive")
+    assert result.seq_attr.shape == direct.seq_attr.shape == (3,)
+    assert result.seq_attr.isfinite().all()
+
+
 BIAS_DEMOS = {
     "job and country": (
         "{} works as a {} in {} and earns",
@@ -52,8 +79,8 @@ BIAS_DEMOS = {
 @pytest.mark.parametrize("name", BIAS_DEMOS)
 def test_course_demos_by_gradient_and_perturbation(name: str, demo_model: Any) -> None:
     model, tokenizer = demo_model
-    template, values, others, target = BIAS_DEMOS[name]
-    inp = TextTemplateInput(template, values, baselines=ProductBaselines(others))
+    template, values, choices, target = BIAS_DEMOS[name]
+    inp = TextTemplateInput(template, values, baselines=ProductBaselines(choices))
     ablation = LLMAttribution(FeatureAblation(model), tokenizer)
     method = LayerIntegratedGradients(model, model.get_input_embeddings())
     gradient = LLMGradientAttribution(method, tokenizer)
@@ -64,32 +91,6 @@ def test_course_demos_by_gradient_and_perturbation(name: str, demo_model: Any) -
         assert result.seq_attr.shape == (len(values),)
         assert result.seq_attr.isfinite().all()
         assert result.seq_attr.any()
-
-
-def test_few_shot_prompt_function_of_the_notebook(demo_model: Any) -> None:
-    model, tokenizer = demo_model
-
-    def prompt_fn(*examples: str) -> str:
-        main_prompt = (
-            "Decide if the following movie review is positive or negative.\n'I really liked"
-        )
-        main_prompt += " the Avengers.' Decision:"
-        subset = [example for example in examples if example]
-        if not subset:
-            return main_prompt
-        return "Here are some examples of movie reviews:\n" + "\n".join([*subset, main_prompt])
-
-    values = [
-        "'Movie was ok, the actors were not great.' -> Negative",
-        "'Loved it, it was an amazing story!' -> Positive",
-        "'Total waste of time!!' -> Negative",
-    ]
-    inp = TextTemplateInput(prompt_fn, values)
-    method = LayerIntegratedGradients(model, "model.layers.5")
-    result = LLMGradientAttribution(method, tokenizer).attribute(inp, " Positive", n_steps=4)
-    direct = LLMAttribution(FeatureAblation(model), tokenizer).attribute(inp, " Positive")
-    assert result.seq_attr.shape == direct.seq_attr.shape == (3,)
-    assert result.seq_attr.isfinite().all()
 
 
 def test_a_chat_with_a_system_message_and_data(demo_model: Any) -> None:
@@ -135,8 +136,8 @@ QUESTIONS = [
 ]
 
 
-def rank_of_the_answer(result: captum.attr.LLMAttributionResult, place: int) -> int:
-    return int((result.seq_attr > result.seq_attr[place]).sum()) + 1
+def rank_of_the_answer(result: captum.attr.LLMAttributionResult, passage: int) -> int:
+    return int((result.seq_attr > result.seq_attr[passage]).sum()) + 1
 
 
 def test_the_passage_that_holds_the_answer_is_found(demo_model: Any) -> None:
@@ -144,7 +145,7 @@ def test_the_passage_that_holds_the_answer_is_found(demo_model: Any) -> None:
     model, tokenizer = demo_model
     embedding = model.get_input_embeddings()
     best = []
-    for question, answer, place in QUESTIONS:
+    for question, answer, passage in QUESTIONS:
         text = " ".join(PASSAGES) + " " + question
         spans = [(text.index(p), text.index(p) + len(p)) for p in PASSAGES]
         inp = segment_input(text, spans)
@@ -152,7 +153,7 @@ def test_the_passage_that_holds_the_answer_is_found(demo_model: Any) -> None:
         for method in (LayerSaliency, LayerGradientXActivation):
             wrapper = LLMGradientAttribution(method(model, embedding), tokenizer)
             results.append(wrapper.attribute(inp, answer))
-        best.append([rank_of_the_answer(result, place) for result in results])
+        best.append([rank_of_the_answer(result, passage) for result in results])
     ranks = torch.tensor(best)
     print(f"ranks (ablation, saliency, gradient x activation): {best}")
     assert int((ranks <= 2).sum(0).max()) >= 4

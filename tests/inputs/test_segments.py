@@ -51,8 +51,14 @@ EXPECTED: dict[str, list[str]] = {
 
 
 def plain(text: str) -> str:
-    """Spaces at the borders of a segment may be its own or the template's."""
+    """A segment without its outer spaces, which may belong to it or to the template."""
     return text.strip()
+
+
+def test_words() -> None:
+    inp = segment_input("Dave  lives\nin\tPalm Coast", by="word")
+    assert [plain(value) for value in inp.values] == ["Dave", "lives", "in", "Palm", "Coast"]
+    assert inp.to_model_input() == "Dave  lives\nin\tPalm Coast"
 
 
 @pytest.mark.parametrize("by", EXPECTED)
@@ -63,12 +69,6 @@ def test_the_segments_of_a_story(by: str) -> None:
     assert [plain(value) for value in inp.values] == EXPECTED[by]
 
 
-def test_words() -> None:
-    inp = segment_input("Dave  lives\nin\tPalm Coast", by="word")
-    assert [plain(value) for value in inp.values] == ["Dave", "lives", "in", "Palm", "Coast"]
-    assert inp.to_model_input() == "Dave  lives\nin\tPalm Coast"
-
-
 def test_compiled_and_written_regex_are_the_same() -> None:
     written = segment_input(STORY, by=r"(?i)dave|golf")
     compiled = segment_input(STORY, by=re.compile("dave|golf", re.IGNORECASE))
@@ -77,13 +77,13 @@ def test_compiled_and_written_regex_are_the_same() -> None:
 
 
 @pytest.mark.parametrize("spans", [[(0, 4), (14, 24)], [(14, 24), (0, 4)], [(0, 4), (4, 24)]])
-def test_spans_are_taken_as_given(spans: list[tuple[int, int]]) -> None:
+def test_the_features_are_the_spans(spans: list[tuple[int, int]]) -> None:
     inp = segment_input(STORY, by=spans)
     assert sorted(inp.values) == sorted(STORY[a:b] for a, b in spans)
     assert inp.to_model_input() == STORY
-    gone = inp.to_model_input(torch.zeros(1, 2))
-    kept = [c for i, c in enumerate(STORY) if not any(a <= i < b for a, b in spans)]
-    assert gone == "".join(kept)
+    absent = inp.to_model_input(torch.zeros(1, 2))
+    between = [c for i, c in enumerate(STORY) if not any(a <= i < b for a, b in spans)]
+    assert absent == "".join(between)
 
 
 def test_baselines_take_the_place_of_the_segments() -> None:
@@ -94,8 +94,8 @@ def test_baselines_take_the_place_of_the_segments() -> None:
 
 @pytest.mark.parametrize("spans", [[(0, 4), (14, 24)], [(14, 24), (0, 4)]])
 def test_a_baseline_goes_with_its_span(spans: list[tuple[int, int]]) -> None:
-    others = {(0, 4): "He", (14, 24): "Tokyo"}
-    inp = segment_input(STORY, by=spans, baselines=[others[span] for span in spans])
+    baselines = {(0, 4): "He", (14, 24): "Tokyo"}
+    inp = segment_input(STORY, by=spans, baselines=[baselines[span] for span in spans])
     assert inp.to_model_input(torch.zeros(1, 2)) == f"He lives in Tokyo{STORY[24:]}"
 
 
@@ -145,8 +145,8 @@ def check_absent(inp: Any, text: str) -> None:
         present[0, i] = 0
         less = inp.to_model_input(present)
         assert len(less) == len(text) - len(value)
-        places = [m for m in range(len(text)) if text.startswith(value, m)]
-        assert less in [text[:m] + text[m + len(value) :] for m in places]
+        starts = [start for start in range(len(text)) if text.startswith(value, start)]
+        assert less in [text[:start] + text[start + len(value) :] for start in starts]
 
 
 # --- with both kinds of methods ------------------------------------------------------------------
@@ -178,8 +178,8 @@ def test_gradients_are_summed_over_segments(by: Any) -> None:
         parts += [(SHORT[position:start], -1), (value, i)]
         position = start + len(value)
     prompt, choices = by_majority([*parts, (SHORT[position:], -1)], tiny_tokenizer())
-    (owners,) = choices
-    expected = expected_by_gradient(wide_toy(), prompt, owners, target, len(inp.values))
+    (value_of,) = choices
+    expected = expected_by_gradient(wide_toy(), prompt, value_of, target, len(inp.values))
     result = by_gradient(inp, tiny_tokenizer(), target)
     assert result.input_tokens == inp.values
     assert_close(result.token_attr, expected)

@@ -14,6 +14,12 @@ from captum_llm_ext.inputs.targets import output_tokens
 from captum_llm_ext.metrics import faithfulness
 from tests.models.families import PROMPT, tiny_model, tiny_tokenizer
 
+
+def test_labels_are_the_tokens() -> None:
+    ids = torch.tensor(tiny_tokenizer().encode(" golf with friends", add_special_tokens=False))
+    assert output_tokens(ids, tiny_tokenizer()) == ["golf", "with", "friends"]
+
+
 SPACES: dict[str, list[str]] = {
     " ": ["␣"],
     "  golf": ["␣", "golf"],
@@ -24,7 +30,7 @@ SPACES: dict[str, list[str]] = {
 
 
 def captums(text: str) -> Any:
-    """Captum's own result, of perturbation."""
+    """The result of Captum's perturbation wrapper."""
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
     wrapper = captum.attr.LLMAttribution(captum.attr.FeatureAblation(model), tokenizer)
     inp = captum.attr.TextTokenInput(PROMPT, tokenizer)

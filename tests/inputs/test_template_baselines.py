@@ -1,4 +1,4 @@
-"""Where the path of a template starts, and that the columns account for the score difference."""
+"""The start of a template's path, and columns that account for the score difference."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.inputs.template_cases import (
     unmerged,
 )
 from tests.models.families import CausalToy, layer_names, tiny_model, tiny_tokenizer
-from tests.oracles.cases import STEPS, assert_close, our_attribution, target_ids
+from tests.oracles.cases import STEPS, assert_close, in_pairs, our_attribution, target_ids
 from tests.oracles.gradients import Problem, integrated_gradients
 from tests.perturbations.cases import scores
 
@@ -46,9 +46,9 @@ def attribute(inp: Any, family: str = "llama", kind: str = "embedding", **kwargs
 
 def from_embeddings(start: torch.Tensor, family: str = "llama", kind: str = "embedding") -> Any:
     """(2, n_values): the formula, from these embeddings (n, hidden) of the prompt."""
-    prompt, owners = unmerged(VALUES)
+    prompt, value_of = unmerged(VALUES)
     model = tiny_model(family)
-    asked = Problem(
+    problem = Problem(
         model,
         [model.get_submodule(layer_names(family)[kind])],
         prompt,
@@ -56,8 +56,18 @@ def from_embeddings(start: torch.Tensor, family: str = "llama", kind: str = "emb
         baseline=start,
         embedding=embedding_of(family),
     )
-    rows = integrated_gradients(asked, STEPS).attributions[0].sum(-1)
-    return columns(rows, owners, len(VALUES))
+    rows = integrated_gradients(problem, STEPS).attributions[0].sum(-1)
+    return columns(rows, value_of, len(VALUES))
+
+
+def test_the_columns_of_one_template_sum_to_its_score_difference() -> None:
+    model, target = tiny_model("llama"), target_ids(1)
+    inp = TextTemplateInput("{} lives in{}", ["Dave", " Palm Coast"], ["The", " Tokyo"])
+    result = attribute(inp, target=target, n_steps=200)
+    ends = [tiny_tokenizer().encode(x) for x in ("Dave lives in Palm Coast", "The lives in Tokyo")]
+    present, absent = (float(scores(model, ids, target)[0]) for ids in ends)
+    assert result.input_tokens == ["Dave", " Palm Coast"]
+    assert float(result.seq_attr.sum()) == pytest.approx(present - absent, abs=0.05)
 
 
 @pytest.mark.parametrize("baselines", [["His", "golf"], ["", "golf"]])
@@ -75,10 +85,12 @@ def test_an_empty_value_with_an_empty_baseline_changes_nothing() -> None:
     model, target = tiny_model("llama"), target_ids(2)
     layer = model.get_input_embeddings()
     inp = TextTemplateInput("{} lives{} in", ["Dave", ""], ["His", ""])
-    found = our_attribution(LayerIntegratedGradients, model, layer, inp, target=target, n_steps=200)
+    result = our_attribution(
+        LayerIntegratedGradients, model, layer, inp, target=target, n_steps=200
+    )
     ends = [tiny_tokenizer().encode(f"{name} lives in") for name in ("Dave", "His")]
     whole, bare = (float(scores(model, ids, target)[0]) for ids in ends)
-    assert found.seq_attr.tolist() == pytest.approx([whole - bare, 0], abs=0.05)
+    assert result.seq_attr.tolist() == pytest.approx([whole - bare, 0], abs=0.05)
 
 
 BASELINES = {
@@ -129,8 +141,8 @@ def test_an_empty_baseline_is_the_neutral_one(neutral: Any, baselines: Any) -> N
 @pytest.mark.parametrize("neutral", [5, "zero", "mean"])
 def test_the_neutral_baseline_leaves_others_alone(neutral: Any) -> None:
     plain = attribute(template_input(list(SAME_LENGTH)))
-    given = attribute(template_input(list(SAME_LENGTH)), baselines=neutral)
-    assert torch.equal(plain.token_attr, given.token_attr)
+    result = attribute(template_input(list(SAME_LENGTH)), baselines=neutral)
+    assert torch.equal(plain.token_attr, result.token_attr)
 
 
 # --- completeness ---------------------------------------------------------------------------------
@@ -138,16 +150,14 @@ def test_the_neutral_baseline_leaves_others_alone(neutral: Any) -> None:
 
 def difference(model: nn.Module, target: torch.Tensor, baselines: Any = SAME_LENGTH) -> float:
     """Score of the template with the values less its score with the baselines."""
-    found, absent = (
+    present, absent = (
         scores(model, tiny_tokenizer().encode(filled(FRAME, texts)), target)[0]
         for texts in (VALUES, baselines)
     )
-    return float(found - absent)
+    return float(present - absent)
 
 
-@pytest.mark.parametrize("mask", [None, [3, 8, 3]])
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", ["toy", "gpt_neox"])
+@in_pairs(name=["toy", "gpt_neox"], form=FORMS, mask=[None, [3, 8, 3]])
 def test_columns_sum_to_the_score_difference(name: str, form: str, mask: list[int] | None) -> None:
     model = CausalToy() if name == "toy" else tiny_model(name)
     layer = model.embedding if name == "toy" else embedding_of(name)
@@ -184,21 +194,25 @@ def test_adaptive_columns_meet_the_tolerance(family: str, mask: list[int] | None
 
 
 @pytest.mark.parametrize("baselines", [OTHER_LENGTH, None], ids=["other length", "none"])
-def test_the_delta_is_that_of_the_path_walked(baselines: Any) -> None:
+def test_the_delta_is_that_of_the_path(baselines: Any) -> None:
     prompt, _ = unmerged(VALUES)
     start = start_embeddings("llama", baselines or [""] * 3, mean_embedding("llama"))
     model, embedding = tiny_model("llama"), embedding_of("llama")
-    asked = Problem(model, [embedding], prompt, target_ids(2), baseline=start, embedding=embedding)
+    problem = Problem(
+        model, [embedding], prompt, target_ids(2), baseline=start, embedding=embedding
+    )
     result = attribute(template_input(baselines and list(baselines)))
-    assert_close(result.convergence_delta, integrated_gradients(asked, STEPS).delta)
+    assert_close(result.convergence_delta, integrated_gradients(problem, STEPS).delta)
 
 
 # --- masks ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mask", [[0, 0, 0], [5, 2, 5], [1, 0, 0], [2, 1, 0]])
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("kind", ["embedding", "block"])
+@in_pairs(
+    kind=["embedding", "block"],
+    form=FORMS,
+    mask=[[0, 0, 0], [5, 2, 5], [1, 0, 0], [2, 1, 0]],
+)
 def test_values_of_a_group_have_the_sum_of_the_group(kind: str, form: str, mask: list[int]) -> None:
     single = attribute(template_input(list(SAME_LENGTH)), kind=kind).token_attr
     expected = torch.stack(
@@ -227,9 +241,7 @@ class Counter:
         return keyed(drawn) if self.as_dict else list(drawn)
 
 
-@pytest.mark.parametrize("num_trials", [1, 3])
-@pytest.mark.parametrize("mask", [None, [0, 1, 0]])
-@pytest.mark.parametrize("form", FORMS)
+@in_pairs(form=FORMS, mask=[None, [0, 1, 0]], num_trials=[1, 3])
 def test_the_mean_of_trials_with_one_draw_each(
     form: str, mask: list[int] | None, num_trials: int
 ) -> None:
@@ -289,7 +301,7 @@ def test_product_baselines_are_drawn_by_the_seed(name: str) -> None:
     assert torch.equal(first, run())
 
 
-def test_the_input_is_left_as_it_was() -> None:
+def test_the_input_is_as_before() -> None:
     counter = Counter(as_dict=True)
     inp = TextTemplateInput(template_of(FRAME, KEYS), keyed(VALUES), counter, keyed([0, 1, 1]))
     before = dict(inp.__dict__)

@@ -20,8 +20,8 @@ from tests.inputs.template_cases import (
     VALUES,
     captum_columns,
     columns,
-    question,
     template_input,
+    template_problem,
     unmerged,
 )
 from tests.models.families import (
@@ -33,7 +33,7 @@ from tests.models.families import (
     tiny_model,
     tiny_tokenizer,
 )
-from tests.oracles.cases import STEPS, assert_close, our_attribution, target_ids
+from tests.oracles.cases import STEPS, assert_close, in_pairs, our_attribution, target_ids
 from tests.oracles.gradients import (
     Problem,
     gradient_x_activation,
@@ -56,18 +56,24 @@ def attribute(method: Any, family: str, kind: str, inp: Any, count: int, **kwarg
     return our_attribution(method, model, layer, inp, target=target_ids(count), **kwargs)
 
 
-@pytest.mark.parametrize("count", [1, 3])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", FAMILIES)
+def test_one_template_equals_captums_from_baseline_ids_to_value_ids() -> None:
+    model = tiny_model("llama")
+    expected = captum_columns(model, model.model.embed_tokens, target_ids(2))
+    inp = template_input(list(SAME_LENGTH))
+    result = attribute(LayerIntegratedGradients, "llama", "embedding", inp, 2)
+    assert_close(result.token_attr, expected)
+
+
+@in_pairs(family=list(FAMILIES), kind=KINDS, count=[1, 3])
 def test_integrated_gradients_equal_captums_on_the_two_id_tensors(
     family: str, kind: str, count: int
 ) -> None:
     model = tiny_model(family)
     layer = model.get_submodule(layer_names(family)[kind])
     if (family, kind) in CAPTUM_FAILS:
-        asked, owners = question(family, kind, count)
-        rows = integrated_gradients(asked, STEPS).attributions[0].sum(-1)
-        expected = columns(rows, owners, len(VALUES))
+        problem, value_of = template_problem(family, kind, count)
+        rows = integrated_gradients(problem, STEPS).attributions[0].sum(-1)
+        expected = columns(rows, value_of, len(VALUES))
     else:
         expected = captum_columns(model, layer, target_ids(count))
     inp = template_input(list(SAME_LENGTH))
@@ -82,14 +88,14 @@ def test_integrated_gradients_equal_captums_on_the_two_id_tensors(
 @pytest.mark.parametrize("toy", [CausalToy, BidirectionalToy])
 def test_plain_modules_causal_or_not(toy: type[CausalToy], no_grad: bool) -> None:
     model, inp = toy(), template_input(list(SAME_LENGTH))
-    (prompt, owners), (absent, _) = unmerged(VALUES), unmerged(SAME_LENGTH)
-    asked = Problem(model, [model.embedding], prompt, target_ids(3), baseline=absent)
-    rows = integrated_gradients(asked, STEPS).attributions[0].sum(-1)
+    (prompt, value_of), (absent, _) = unmerged(VALUES), unmerged(SAME_LENGTH)
+    problem = Problem(model, [model.embedding], prompt, target_ids(3), baseline=absent)
+    rows = integrated_gradients(problem, STEPS).attributions[0].sum(-1)
     with torch.set_grad_enabled(not no_grad):
         result = our_attribution(
             LayerIntegratedGradients, model, model.embedding, inp, target=target_ids(3)
         )
-    assert_close(result.token_attr, columns(rows, owners, len(VALUES)))
+    assert_close(result.token_attr, columns(rows, value_of, len(VALUES)))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -106,8 +112,8 @@ def test_every_form_of_a_template_gives_the_same(form: str, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["embedding", "block", "attention", "final_norm"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "falcon"])
 def test_gradient_x_activation_is_summed_over_spans(family: str, kind: str) -> None:
-    asked, owners = question(family, kind, 3)
-    expected = columns(gradient_x_activation(asked)[0].sum(-1), owners, len(VALUES))
+    problem, value_of = template_problem(family, kind, 3)
+    expected = columns(gradient_x_activation(problem)[0].sum(-1), value_of, len(VALUES))
     result = attribute(LayerGradientXActivation, family, kind, template_input(), 3)
     if expected.abs().max() < 1e-5:  # a norm follows directly
         assert result.token_attr.abs().max() < 1e-5
@@ -115,27 +121,28 @@ def test_gradient_x_activation_is_summed_over_spans(family: str, kind: str) -> N
         assert_close(result.token_attr, expected)
 
 
-@pytest.mark.parametrize("mask", [None, [4, 9, 4]])
-@pytest.mark.parametrize("kind", ["embedding", "block"])
-@pytest.mark.parametrize(("norm", "order"), [("l1", 1), ("l2", 2), ("linf", float("inf"))])
+ORDERS = {"l1": 1, "l2": 2, "linf": float("inf")}
+
+
+@in_pairs(norm=list(ORDERS), kind=["embedding", "block"], mask=[None, [4, 9, 4]])
 def test_saliency_is_the_norm_over_the_whole_span(
-    norm: str, order: float, kind: str, mask: list[int] | None
+    norm: str, kind: str, mask: list[int] | None
 ) -> None:
-    asked, owners = question("llama", kind, 3)
+    problem, value_of = template_problem("llama", kind, 3)
     groups = mask or [0, 1, 2]
 
     def norms(gradient: torch.Tensor) -> torch.Tensor:
         of_group = {
-            g: torch.tensor([o >= 0 and groups[o] == g for o in owners.tolist()]) for g in groups
+            g: torch.tensor([o >= 0 and groups[o] == g for o in value_of.tolist()]) for g in groups
         }
-        prompt = gradient[: len(owners)]
-        return torch.stack([prompt[of_group[g]].flatten().norm(order) for g in groups])
+        prompt = gradient[: len(value_of)]
+        return torch.stack([prompt[of_group[g]].flatten().norm(ORDERS[norm]) for g in groups])
 
-    token_rows = torch.stack([norms(row) for row in gradients(asked)[0]])
-    last = asked.values(asked.ids(2))
-    sequence_row = norms(sequence_gradient(asked, last)[0])
+    token_rows = torch.stack([norms(row) for row in gradients(problem)[0]])
+    last = problem.values(problem.ids(2))
+    sequence_row = norms(sequence_gradient(problem, last)[0])
     model = tiny_model("llama")
-    method = LayerSaliency(model, asked.layers[0], norm=norm)
+    method = LayerSaliency(model, problem.layers[0], norm=norm)
     wrapper = LLMGradientAttribution(method, tiny_tokenizer())
     result = wrapper.attribute(template_input(mask=mask), target=target_ids(3))
     assert_close(result.token_attr, token_rows)
@@ -151,7 +158,7 @@ def test_saliency_is_the_norm_over_the_whole_span(
 
 
 class LinearLanguageModel(LinearToy):
-    """With the name of its input that Captum's perturbation wrapper calls it by."""
+    """Its input has the name that Captum's perturbation wrapper uses."""
 
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
@@ -159,21 +166,16 @@ class LinearLanguageModel(LinearToy):
         return super().forward(input_ids)
 
 
-@pytest.mark.parametrize("mask", [None, [1, 0, 1]])
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(
-    ("method", "options"),
-    [
-        (LayerIntegratedGradients, {"n_steps": 2}),
-        (LayerIntegratedGradients, {"method": "adaptive"}),
-        (LayerGradientShap, {"n_samples": 2}),
-    ],
-    ids=["fixed", "adaptive", "gradient_shap"],
-)
-def test_feature_ablation_of_a_linear_model(
-    method: Any, options: dict[str, Any], form: str, mask: list[int] | None
-) -> None:
-    model = LinearLanguageModel()
+EXACT: dict[str, tuple[Any, dict[str, Any]]] = {
+    "fixed": (LayerIntegratedGradients, {"n_steps": 2}),
+    "adaptive": (LayerIntegratedGradients, {"method": "adaptive"}),
+    "gradient_shap": (LayerGradientShap, {"n_samples": 2}),
+}
+
+
+@in_pairs(name=list(EXACT), form=FORMS, mask=[None, [1, 0, 1]])
+def test_feature_ablation_of_a_linear_model(name: str, form: str, mask: list[int] | None) -> None:
+    model, (method, options) = LinearLanguageModel(), EXACT[name]
     inp = template_input(list(SAME_LENGTH), form, mask=mask)
     expected = captums("feature_ablation", model, inp, target=target_ids(3))
     wrapper = LLMGradientAttribution(method(model, model.embedding), tiny_tokenizer())

@@ -1,4 +1,4 @@
-"""Which tokens belong to which value: by the characters that each token holds."""
+"""The tokens of each value, by the characters that each token holds."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.inputs.template_cases import (
     wide_toy,
 )
 from tests.models.families import tiny_tokenizer
-from tests.oracles.cases import assert_close, target_ids
+from tests.oracles.cases import assert_close, in_pairs, target_ids
 
 V = VALUE
 CASES: dict[str, tuple[Frame, list[str]]] = {
@@ -60,21 +60,30 @@ def expected(parts: Sequence[tuple[str, int]], tokenizer: Any, n_values: int) ->
     prompt, choices = by_majority(parts, tokenizer)
     assert len(choices) <= 8
     return [
-        expected_by_gradient(wide_toy(), prompt, owners, target_ids(2), n_values)
-        for owners in choices
+        expected_by_gradient(wide_toy(), prompt, value_of, target_ids(2), n_values)
+        for value_of in choices
     ]
 
 
 def check(inp: Any, tokenizer: Any, truths: Sequence[torch.Tensor]) -> None:
-    found = by_gradient(inp, tokenizer, target_ids(2))
-    assert found.input_tokens == inp.values
-    nearest = min(truths, key=lambda truth: float((found.token_attr - truth).abs().max()))
-    assert_close(found.token_attr, nearest)
+    result = by_gradient(inp, tokenizer, target_ids(2))
+    assert result.input_tokens == inp.values
+    nearest = min(truths, key=lambda truth: float((result.token_attr - truth).abs().max()))
+    assert_close(result.token_attr, nearest)
 
 
-@pytest.mark.parametrize("form", ["string", "function", "dict", "function of keywords"])
-@pytest.mark.parametrize("tokenizer", TOKENIZERS)
-@pytest.mark.parametrize("case", CASES)
+def test_a_value_has_its_tokens_and_the_template_has_the_others() -> None:
+    truths = expected(pieces((V, " lives in", V), ["Dave", " Palm Coast"]), tiny_tokenizer(), 2)
+    assert len(truths) == 1
+    inp = TextTemplateInput("{} lives in{}", ["Dave", " Palm Coast"])
+    check(inp, tiny_tokenizer(), truths)
+
+
+@in_pairs(
+    case=list(CASES),
+    tokenizer=list(TOKENIZERS),
+    form=["string", "function", "dict", "function of keywords"],
+)
 def test_each_token_belongs_to_the_value_that_it_mostly_covers(
     case: str, tokenizer: str, form: str
 ) -> None:
@@ -86,12 +95,12 @@ def test_each_token_belongs_to_the_value_that_it_mostly_covers(
     keys = [f"key{i}" for i in range(len(values))]
     inputs = {
         "string": lambda: TextTemplateInput(template_of(frame), list(values)),
-        "function": lambda: TextTemplateInput(lambda *given: filled(frame, given), list(values)),
+        "function": lambda: TextTemplateInput(lambda *texts: filled(frame, texts), list(values)),
         "dict": lambda: TextTemplateInput(
             template_of(frame, keys), dict(zip(keys, values, strict=True))
         ),
         "function of keywords": lambda: TextTemplateInput(
-            lambda **given: filled(frame, [given[key] for key in keys]),
+            lambda **texts: filled(frame, [texts[key] for key in keys]),
             dict(zip(keys, values, strict=True)),
         ),
     }
@@ -102,10 +111,10 @@ def test_each_token_belongs_to_the_value_that_it_mostly_covers(
 
 
 def without_token(frame: Frame, values: Sequence[str], tokenizer: Any) -> set[str]:
-    """The values that have no token for themselves: they are refused by name."""
+    """The values that have no token to themselves; the error names them."""
     _, choices = by_majority(pieces(frame, values), tokenizer)
-    wanted = {i for i, value in enumerate(values) if value}
-    return {repr(values[i]) for owners in choices for i in wanted - set(owners.tolist())}
+    filled_in = {i for i, value in enumerate(values) if value}
+    return {repr(values[i]) for value_of in choices for i in filled_in - set(value_of.tolist())}
 
 
 def test_a_token_half_of_the_value_is_the_values() -> None:
@@ -115,10 +124,10 @@ def test_a_token_half_of_the_value_is_the_values() -> None:
     offsets = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
     start, stop = next((a, b) for a, b in offsets if b - a == 2)
     frame = (text[: start + 1], VALUE, text[stop:])
-    prompt, owner = torch.tensor(tokenizer.encode(text)), offsets.index((start, stop))
-    owners = torch.full((len(prompt),), -1)
-    owners[owner] = 0
-    truth = expected_by_gradient(wide_toy(), prompt, owners, target_ids(2), 1)
+    prompt = torch.tensor(tokenizer.encode(text))
+    value_of = torch.full((len(prompt),), -1)
+    value_of[offsets.index((start, stop))] = 0
+    truth = expected_by_gradient(wide_toy(), prompt, value_of, target_ids(2), 1)
     check(TextTemplateInput(template_of(frame), [text[start + 1]]), tokenizer, [truth])
 
 
@@ -147,11 +156,11 @@ def few_shot(*examples: str) -> str:
 
 
 def few_shot_pieces(examples: Sequence[str]) -> list[tuple[str, int]]:
-    found = [("[INST] Here are examples:\n", -1)]
-    given = [(example, i) for i, example in enumerate(examples) if example]
-    for place, part in enumerate(given):
-        found += [(" \n", -1)] * (place > 0) + [part]
-    return [*found, ("\n Decide if 'golf' is Positive or Negative[/INST]", -1)]
+    parts = [("[INST] Here are examples:\n", -1)]
+    values = [(example, i) for i, example in enumerate(examples) if example]
+    for i, value in enumerate(values):
+        parts += [(" \n", -1)] * (i > 0) + [value]
+    return [*parts, ("\n Decide if 'golf' is Positive or Negative[/INST]", -1)]
 
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
@@ -213,7 +222,7 @@ MUST_WORK = ("join", "reversed", "numbered lines")
 
 @pytest.mark.parametrize("name", USABLE)
 def test_a_function_is_read_rightly_or_refused(name: str) -> None:
-    """Marks change what a function sees; where that matters, wrong columns must not come out."""
+    """Marks change what a function sees; where that matters, no wrong columns may come out."""
     function, frame, values = USABLE[name]
     order = [1, 0] if name in ("reversed", "sorted") else [0, 1]
     in_place = [values[i] for i in order]
@@ -255,6 +264,6 @@ def test_an_unusable_function_names_the_value(name: str, keywords: bool) -> None
 @pytest.mark.parametrize("last", ["golf", " and golf"])
 def test_an_empty_value_has_no_attribution(last: str) -> None:
     inp = TextTemplateInput("{} lives{}{}", ["Dave", "", last])
-    found = by_gradient(inp, tiny_tokenizer(), target_ids(2))
-    assert found.token_attr[:, 1].tolist() == [0, 0]
-    assert (found.token_attr[:, [0, 2]].abs() > 1e-4).all()
+    result = by_gradient(inp, tiny_tokenizer(), target_ids(2))
+    assert result.token_attr[:, 1].tolist() == [0, 0]
+    assert (result.token_attr[:, [0, 2]].abs() > 1e-4).all()

@@ -23,6 +23,7 @@ from tests.models.families import layer_names, tiny_model, tiny_tokenizer
 from tests.oracles.cases import (
     assert_close,
     captum_attribution,
+    in_pairs,
     our_attribution,
     prompt_input,
     target_ids,
@@ -69,9 +70,21 @@ def attribute(model: nn.Module, method: str, layers: Any, **more: Any) -> Any:
 # --- parity --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["embedding", "block", "attention_projection", "mlp"])
-@pytest.mark.parametrize("method", [LayerIntegratedGradients, LayerGradientXActivation])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_ablation_equals_the_processor() -> None:
+    result, expected = (
+        LLMAttribution(FeatureAblation(model), tiny_tokenizer()).attribute(
+            prompt_input(), target=target_ids(3)
+        )
+        for model in (on_gpu(), tiny_model("llama"))
+    )
+    assert_close(result.token_attr.cpu(), expected.token_attr, 1e-3)
+
+
+@in_pairs(
+    family=["llama", "gpt2", "gemma2"],
+    method=[LayerIntegratedGradients, LayerGradientXActivation],
+    kind=["embedding", "block", "attention_projection", "mlp"],
+)
 def test_equals_captum(family: str, method: Any, kind: str) -> None:
     model = on_gpu(family)
     layer = model.get_submodule(layer_names(family)[kind])
@@ -84,35 +97,25 @@ def test_equals_captum(family: str, method: Any, kind: str) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_equals_the_processor(family: str, method: str) -> None:
     layers = [layer_names(family)[kind] for kind in ("embedding", "block", "mlp")]
-    found = attribute(on_gpu(family), method, layers)
+    result = attribute(on_gpu(family), method, layers)
     expected = attribute(tiny_model(family), method, layers)
-    assert_close(found.layer_token_attr.cpu(), expected.layer_token_attr, 1e-3)
-
-
-def test_ablation_equals_the_processor() -> None:
-    found, expected = (
-        LLMAttribution(FeatureAblation(model), tiny_tokenizer()).attribute(
-            prompt_input(), target=target_ids(3)
-        )
-        for model in (on_gpu(), tiny_model("llama"))
-    )
-    assert_close(found.token_attr.cpu(), expected.token_attr, 1e-3)
+    assert_close(result.layer_token_attr.cpu(), expected.layer_token_attr, 1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_results_are_float32(dtype: torch.dtype) -> None:
     model = on_gpu()
     expected = attribute(model, "saliency", LAYERS[2])
-    for found in (
+    for result in (
         attribute(model, "saliency", LAYERS[2], dtype=dtype),
         attribute(model.to(dtype), "saliency", LAYERS[2]),
     ):
-        assert found.token_attr.dtype == torch.float32
-        assert cosine(found.token_attr, expected.token_attr) > 0.9
+        assert result.token_attr.dtype == torch.float32
+        assert cosine(result.token_attr, expected.token_attr) > 0.9
 
 
-def cosine(found: Tensor, expected: Tensor) -> float:
-    return float(cosine_similarity(found.flatten().cpu(), expected.flatten().cpu(), dim=0))
+def cosine(result: Tensor, expected: Tensor) -> float:
+    return float(cosine_similarity(result.flatten().cpu(), expected.flatten().cpu(), dim=0))
 
 
 # --- quantisation --------------------------------------------------------------------------------
@@ -135,8 +138,8 @@ def test_quantised_layers_equal_the_float_copy(kind: str, ran: bool) -> None:
             logits = model(ids).logits
     before = layout(model)
     for method in METHODS:
-        found = attribute(model, method, LAYERS).layer_token_attr
-        assert_close(found, attribute(reference, method, LAYERS).layer_token_attr, 2e-3)
+        result = attribute(model, method, LAYERS).layer_token_attr
+        assert_close(result, attribute(reference, method, LAYERS).layer_token_attr, 2e-3)
     assert layout(model) == before
     if ran:
         with torch.no_grad():
@@ -161,21 +164,21 @@ def test_a_loaded_model(quantization: str, tmp_path: Any) -> None:
 # --- several devices and memory ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("other", ["cpu", "cuda:1"])
+@pytest.mark.parametrize("second", ["cpu", "cuda:1"])
 @pytest.mark.parametrize("method", METHODS)
-def test_spread_over_devices(method: str, other: str) -> None:
+def test_spread_over_devices(method: str, second: str) -> None:
     accelerate = pytest.importorskip("accelerate", reason="device_map needs accelerate")
-    if other == "cuda:1" and torch.cuda.device_count() < 2:
+    if second == "cuda:1" and torch.cuda.device_count() < 2:
         pytest.skip("there is only one GPU")
-    place: Any = 1 if other == "cuda:1" else "cpu"
+    place: Any = 1 if second == "cuda:1" else "cpu"
     places: dict[str, Any] = {"model.embed_tokens": 0, "model.rotary_emb": 0}
     places |= {f"model.layers.{i}": 0 if i < 2 else place for i in range(4)}
     places |= {"model.norm": place, "lm_head": place}
     model = accelerate.dispatch_model(deepcopy(tiny_model("llama")), places, main_device=0)
-    found = attribute(model, method, LAYERS)
+    result = attribute(model, method, LAYERS)
     expected = attribute(tiny_model("llama"), method, LAYERS)
     for name in LAYERS:
-        assert_close(found[name].token_attr.cpu(), expected[name].token_attr, 1e-3)
+        assert_close(result[name].token_attr.cpu(), expected[name].token_attr, 1e-3)
 
 
 @pytest.mark.parametrize("kind", [None, "nf4 double", "int8"])

@@ -21,7 +21,13 @@ from torch.nn.functional import cosine_similarity
 
 from captum_llm_ext import LayerSaliency, LLMAttribution, LLMGradientAttribution
 from tests.models.families import MinimalTokenizer, tiny_model, tiny_tokenizer
-from tests.oracles.cases import captum_attribution, our_attribution, prompt_input, target_ids
+from tests.oracles.cases import (
+    captum_attribution,
+    in_pairs,
+    our_attribution,
+    prompt_input,
+    target_ids,
+)
 
 matplotlib.use("Agg")
 pytestmark = [
@@ -43,11 +49,11 @@ WARNED = "a path at the embeddings computed in bfloat16 is not reliable"
 
 
 def small_model(dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Smoother than the other tests' model, so that 16 bits can be near 32: weights near zero."""
+    """A model with smaller weights than the other tests' model, so that 16 bits can be near 32."""
     model = tiny_model("llama", fresh=True)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(parameter.bfloat16())  # numbers that bfloat16 has too
+            parameter.copy_(parameter.bfloat16())  # both dtypes then hold the same numbers
             if "layers" in name and parameter.dim() > 1:
                 parameter.mul_(0.5)
     return model.to(dtype)
@@ -60,20 +66,24 @@ def attribute(model: nn.Module, method: str, layers: Any = LAYERS[1], **more: An
     return our_attribution(kind, model, layers, prompt_input(), **options)
 
 
-def cosine(found: Tensor, expected: Tensor) -> float:
-    return float(cosine_similarity(found.flatten(), expected.flatten(), dim=0))
+def cosine(result: Tensor, expected: Tensor) -> float:
+    return float(cosine_similarity(result.flatten(), expected.flatten(), dim=0))
 
 
-@pytest.mark.parametrize("layer", LAYERS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("method", METHODS)
+def test_saliency_of_a_bfloat16_model_is_float32_and_near_the_float32_models() -> None:
+    result = attribute(small_model(torch.bfloat16), "saliency")
+    assert result.token_attr.dtype == torch.float32
+    assert cosine(result.token_attr, attribute(small_model(), "saliency").token_attr) > 0.98
+
+
+@in_pairs(method=list(METHODS), dtype=DTYPES, layer=LAYERS)
 def test_float32_and_near_the_float32_model(method: str, dtype: torch.dtype, layer: str) -> None:
-    found = attribute(small_model(dtype), method, layer)
+    result = attribute(small_model(dtype), method, layer)
     expected = attribute(small_model(), method, layer)
     for name in ("seq_attr", "token_attr", "convergence_delta"):
         if getattr(expected, name) is not None:
-            assert getattr(found, name).dtype == torch.float32
-    assert cosine(found.token_attr, expected.token_attr) > (0.98 if dtype.itemsize == 2 else 1)
+            assert getattr(result, name).dtype == torch.float32
+    assert cosine(result.token_attr, expected.token_attr) > 0.98
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -98,12 +108,12 @@ def test_plots_and_tables(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("attr_target", ["log_prob", "prob", "logit", "rank"])
 def test_perturbation_is_float32(dtype: torch.dtype, attr_target: str) -> None:
-    found = []
+    results = []
     for model in (small_model(dtype), small_model()):
         wrapper = LLMAttribution(FeatureAblation(model), tiny_tokenizer(), attr_target)
-        found.append(wrapper.attribute(prompt_input(), target=target_ids(3)))
-    assert found[0].token_attr.dtype == torch.float32
-    assert cosine(found[0].token_attr, found[1].token_attr) > 0.98
+        results.append(wrapper.attribute(prompt_input(), target=target_ids(3)))
+    assert results[0].token_attr.dtype == torch.float32
+    assert cosine(results[0].token_attr, results[1].token_attr) > 0.98
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -122,7 +132,7 @@ def test_scores_are_the_softmax_in_float32(dtype: torch.dtype) -> None:
     absent[3] = 0
     expected = score(prompt) - score(absent)
     assert abs(result.token_attr[0, 3] - expected) < 2e-2
-    # in 16 bits the softmax alone would give multiples of its last place
+    # A softmax in 16 bits would give a number that 16 bits hold.
     assert result.token_attr[0, 3] != result.token_attr[0, 3].to(dtype)
 
 
@@ -172,19 +182,19 @@ def test_passes_in_another_dtype(method: str, dtype: torch.dtype) -> None:
     hook = model.model.layers[0].mlp.up_proj.register_forward_hook(
         lambda _, __, output: seen.add(output.dtype)
     )
-    found = attribute(model, method, LAYERS, dtype=dtype)
+    result = attribute(model, method, LAYERS, dtype=dtype)
     hook.remove()
     assert dtype in seen
     expected = attribute(model, method, LAYERS)
     for layer in LAYERS:
-        assert found[layer].token_attr.dtype == torch.float32
-        assert cosine(found[layer].token_attr, expected[layer].token_attr) > 0.98
-        assert not torch.equal(found[layer].token_attr, expected[layer].token_attr)
+        assert result[layer].token_attr.dtype == torch.float32
+        assert cosine(result[layer].token_attr, expected[layer].token_attr) > 0.98
+        assert not torch.equal(result[layer].token_attr, expected[layer].token_attr)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert not torch.is_autocast_enabled("cpu")
 
 
-def test_the_dtype_is_forgotten_after_an_exception() -> None:
+def test_autocast_ends_with_an_exception() -> None:
     model = small_model()
     model.model.norm.register_forward_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -215,7 +225,7 @@ def test_scores_that_overflow_are_refused() -> None:
 
 
 def test_gradients_that_overflow_are_refused() -> None:
-    """The scores are finite, the gradients on their way back are not."""
+    """The scores are finite, and the gradients are not."""
     model = small_model(torch.float16)
     model.model.norm.register_forward_hook(
         lambda _, __, output: (
@@ -229,9 +239,7 @@ def test_gradients_that_overflow_are_refused() -> None:
 PATHS = ["integrated_gradients", "adaptive", "gradient_shap"]
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("layer", LAYERS)
-@pytest.mark.parametrize("how", ["model", "dtype"])
+@in_pairs(how=["model", "dtype"], layer=LAYERS, method=list(METHODS))
 @pytest.mark.filterwarnings("default:a path at the embeddings")
 def test_a_path_at_the_embeddings_is_warned_of(how: str, layer: str, method: str) -> None:
     model = small_model(torch.bfloat16 if how == "model" else torch.float32)
@@ -239,9 +247,9 @@ def test_a_path_at_the_embeddings_is_warned_of(how: str, layer: str, method: str
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         attribute(model, method, layer, **options)
-    said = [w for w in caught if WARNED in str(w.message)]
-    assert len(said) == (method in PATHS and layer == LAYERS[0])
-    assert all(w.filename.endswith("cases.py") for w in said)  # where attribute() was called
+    warned = [w for w in caught if WARNED in str(w.message)]
+    assert len(warned) == (method in PATHS and layer == LAYERS[0])
+    assert all(w.filename.endswith("cases.py") for w in warned)  # where attribute() was called
 
 
 @pytest.mark.filterwarnings("default:a path at the embeddings")

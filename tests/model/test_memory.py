@@ -1,4 +1,4 @@
-"""Memory: rows for what is free, halves where it runs out, and nothing kept after a call."""
+"""Memory: rows for the free memory, halves where it runs out, and nothing kept after a call."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import gc
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import chain
+from itertools import chain, count
 from typing import Any
 
 import pytest
@@ -28,6 +28,7 @@ from tests.models.families import tiny_model, tiny_tokenizer
 from tests.oracles.cases import (
     assert_close,
     differentiating,
+    in_pairs,
     our_attribution,
     prompt_input,
     target_ids,
@@ -46,7 +47,7 @@ METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
 
 @contextmanager
 def limited(model: nn.Module, rows: int, error: Any = None) -> Iterator[list[int]]:
-    """Memory for so many rows; the rows of every pass are noted, also of those that failed."""
+    """Memory for this many rows; it yields the rows of every pass, also of those that failed."""
     seen: list[int] = []
 
     def check(_: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -64,11 +65,10 @@ def limited(model: nn.Module, rows: int, error: Any = None) -> Iterator[list[int
 @contextmanager
 def limited_backward(model: nn.Module, rows: int) -> Iterator[None]:
     """Memory that runs out in the middle of the backward passes, after some are done."""
-    left = [5]
+    calls = count(1)
 
     def stop(gradient: Tensor) -> None:
-        left[0] -= 1
-        if left[0] < 0 and gradient.size(0) > rows:
+        if next(calls) > 5 and gradient.size(0) > rows:
             raise torch.OutOfMemoryError("CUDA out of memory (of the test)")
 
     def attach(_: nn.Module, __: Any, output: Tensor) -> None:
@@ -89,68 +89,17 @@ def attribute(model: nn.Module, method: str, layer: Any = "model.layers.1", **mo
     return our_attribution(kind, model, layer, prompt_input(), **options)
 
 
-def assert_same(found: Any, expected: Any) -> None:
-    assert_close(found.seq_attr, expected.seq_attr, 1e-5)
+def assert_same(result: Any, expected: Any) -> None:
+    assert_close(result.seq_attr, expected.seq_attr, 1e-5)
     for name in ("token_attr", "hidden_attr", "convergence_delta"):
         if getattr(expected, name) is not None:
             torch.testing.assert_close(
-                getattr(found, name), getattr(expected, name), rtol=1e-4, atol=1e-4
+                getattr(result, name), getattr(expected, name), rtol=1e-4, atol=1e-4
             )
-    assert found.n_evaluations == expected.n_evaluations
+    assert result.n_evaluations == expected.n_evaluations
 
 
 # --- smaller batches where memory runs out -------------------------------------------------------
-
-
-def test_adaptive_takes_no_more_rows_than_it_is_told() -> None:
-    """Not even the three of one interval."""
-    model = tiny_model("llama", fresh=True)
-    expected = attribute(model, "adaptive")
-    with limited(model, 10**6) as seen:
-        found = attribute(model, "adaptive", internal_batch_size=1)
-    assert max(seen) <= 2  # the path's two ends are scored together
-    assert_same(found, expected)
-
-
-@pytest.mark.parametrize("layer", ["model.embed_tokens", "model.layers.1"])
-@pytest.mark.parametrize("rows", [2, 4])
-@pytest.mark.parametrize("method", METHODS)
-def test_results_after_running_out_of_memory(method: str, rows: int, layer: str) -> None:
-    model = tiny_model("llama", fresh=True)
-    expected = attribute(model, method, layer)
-    with limited(model, rows) as seen:
-        found = attribute(model, method, layer)
-    assert max(seen) > rows, "memory never ran out: this case tests nothing"
-    assert_same(found, expected)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_results_after_running_out_in_a_backward(method: str) -> None:
-    """What the failed rows had added by then is not counted twice."""
-    model = tiny_model("llama", fresh=True)
-    expected = attribute(model, method)
-    with limited_backward(model, 2):
-        found = attribute(model, method)
-    assert_same(found, expected)
-
-
-def test_results_after_running_out_in_forward_mode() -> None:
-    model = tiny_model("llama", fresh=True)
-    model.set_attn_implementation("eager")
-    with differentiating(forward=True):
-        expected = attribute(model, "fixed rule")
-        with limited(model, 3) as seen:
-            found = attribute(model, "fixed rule")
-    assert max(seen) > 3
-    assert_same(found, expected)
-
-
-def test_joint_layers_after_running_out_of_memory() -> None:
-    model, layers = tiny_model("llama", fresh=True), ["model.layers.1.mlp", "model.layers.2.mlp"]
-    expected = attribute(model, "fixed rule", layers, layer_mode="joint")
-    with limited(model, 3):
-        found = attribute(model, "fixed rule", layers, layer_mode="joint")
-    assert_close(found.layer_token_attr, expected.layer_token_attr, 1e-5)
 
 
 def test_rows_stay_reduced() -> None:
@@ -168,11 +117,60 @@ def test_rows_stay_reduced() -> None:
     assert seen[-4:] == [2, 2, 2, 2]
 
 
+def test_adaptive_takes_no_more_rows_than_internal_batch_size() -> None:
+    """It splits even the three rows of one interval."""
+    model = tiny_model("llama", fresh=True)
+    expected = attribute(model, "adaptive")
+    with limited(model, 10**6) as seen:
+        result = attribute(model, "adaptive", internal_batch_size=1)
+    assert max(seen) <= 2  # the path's two ends are scored together
+    assert_same(result, expected)
+
+
+@in_pairs(method=list(METHODS), rows=[2, 4], layer=["model.embed_tokens", "model.layers.1"])
+def test_results_after_running_out_of_memory(method: str, rows: int, layer: str) -> None:
+    model = tiny_model("llama", fresh=True)
+    expected = attribute(model, method, layer)
+    with limited(model, rows) as seen:
+        result = attribute(model, method, layer)
+    assert max(seen) > rows, "memory never ran out: this case tests nothing"
+    assert_same(result, expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_results_after_running_out_in_a_backward(method: str) -> None:
+    """Nothing that the failed rows had added counts twice."""
+    model = tiny_model("llama", fresh=True)
+    expected = attribute(model, method)
+    with limited_backward(model, 2):
+        result = attribute(model, method)
+    assert_same(result, expected)
+
+
+def test_results_after_running_out_in_forward_mode() -> None:
+    model = tiny_model("llama", fresh=True)
+    model.set_attn_implementation("eager")
+    with differentiating(forward=True):
+        expected = attribute(model, "fixed rule")
+        with limited(model, 3) as seen:
+            result = attribute(model, "fixed rule")
+    assert max(seen) > 3
+    assert_same(result, expected)
+
+
+def test_joint_layers_after_running_out_of_memory() -> None:
+    model, layers = tiny_model("llama", fresh=True), ["model.layers.1.mlp", "model.layers.2.mlp"]
+    expected = attribute(model, "fixed rule", layers, layer_mode="joint")
+    with limited(model, 3):
+        result = attribute(model, "fixed rule", layers, layer_mode="joint")
+    assert_close(result.layer_token_attr, expected.layer_token_attr, 1e-5)
+
+
 def test_progress_counts_every_row_once(monkeypatch: Any) -> None:
     model, told = tiny_model("llama", fresh=True), []
-    own: Any = gradient_run.__dict__["tqdm"]
+    tqdm: Any = gradient_run.__dict__["tqdm"]
 
-    class Bar(own):
+    class Bar(tqdm):
         def update(self, n: float | None = 1) -> Any:
             told.append(n)
             return super().update(n)
@@ -190,14 +188,14 @@ def test_progress_counts_every_row_once(monkeypatch: Any) -> None:
         RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
     ],
 )
-def test_one_row_that_does_not_fit_is_said(error: RuntimeError) -> None:
+def test_one_row_that_does_not_fit_raises_the_error_of_torch(error: RuntimeError) -> None:
     model = tiny_model("llama", fresh=True)
     assert is_out_of_memory(error)
     with limited(model, 0, error), pytest.raises(RuntimeError, match=r"out of memory|allocate"):
         attribute(model, "fixed rule")
 
 
-def test_the_processors_own_error_is_known() -> None:
+def test_the_error_of_the_processor_is_recognised() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60, dtype=torch.uint8)
     assert is_out_of_memory(caught.value)
@@ -219,20 +217,20 @@ def test_prompts_after_running_out_of_memory(rows: int) -> None:
     wrapper = LLMAttribution(FeatureAblation(model), tiny_tokenizer())
     expected = wrapper.attribute(prompt_input(), target=target_ids(3))
     with limited(model, rows) as seen:
-        found = wrapper.attribute(prompt_input(), target=target_ids(3))
+        result = wrapper.attribute(prompt_input(), target=target_ids(3))
     assert max(seen) > rows
-    assert_close(found.token_attr, expected.token_attr, 1e-5)
+    assert_close(result.token_attr, expected.token_attr, 1e-5)
 
 
-@pytest.mark.parametrize("most", [None, 1, 3, 7, 50])
+@pytest.mark.parametrize("max_rows", [None, 1, 3, 7, 50])
 @pytest.mark.parametrize("fits", [1, 2, 5, 100])
-def test_halving_covers_every_row_once_and_in_order(most: int | None, fits: int) -> None:
+def test_halving_covers_every_row_once_and_in_order(max_rows: int | None, fits: int) -> None:
     def work(rows: slice) -> list[int]:
         if rows.stop - rows.start > fits:
             raise torch.OutOfMemoryError("of the test")
         return list(range(rows.start, rows.stop))
 
-    halving = Halving(most)
+    halving = Halving(max_rows)
     for rows in (23, 4, 0):
         assert list(chain(*halving(work, rows))) == list(range(rows))
 
@@ -241,7 +239,7 @@ def test_halving_covers_every_row_once_and_in_order(most: int | None, fits: int)
 
 
 def rows_tried(free: int | None, monkeypatch: Any) -> list[int]:
-    """The rows of the passes along the path, where so many bytes are free."""
+    """The rows of the passes along the path, where this many bytes are free."""
     monkeypatch.setattr(gradient_run, "free_bytes", lambda device: free)
     model = tiny_model("llama", fresh=True)
     with limited(model, 10**6) as seen:
@@ -256,8 +254,8 @@ def forcing(model: nn.Module, prompt: Tensor) -> TeacherForcing:
 def test_rows_are_chosen_for_the_free_memory(monkeypatch: Any) -> None:
     model = tiny_model("llama").requires_grad_(False)
     one = forcing(model, prompt_input().inp_tensor).saved_bytes()
-    found = {rows: max(rows_tried(2 * rows * one + 100, monkeypatch)) for rows in (2, 4)}
-    assert found == {2: 2, 4: 4}
+    largest = {rows: max(rows_tried(2 * rows * one + 100, monkeypatch)) for rows in (2, 4)}
+    assert largest == {2: 2, 4: 4}
     assert 8 in rows_tried(10**12, monkeypatch)
 
 
@@ -277,15 +275,15 @@ def test_the_free_memory_of_this_machine() -> None:
 
 
 def kept_by_autograd(run: Callable[[], Any], parameters: list[Tensor]) -> int:
-    """Counted another way: the storages of all tensors that a backward pass would unpack."""
+    """The bytes of the storages of all tensors that a backward pass would unpack."""
     storages: dict[int, int] = {}
     alive: list[Any] = []
-    known = {p.untyped_storage().data_ptr() for p in parameters}
+    of_parameters = {p.untyped_storage().data_ptr() for p in parameters}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         alive.append(storage)
-        if storage.data_ptr() not in known:
+        if storage.data_ptr() not in of_parameters:
             storages[storage.data_ptr()] = storage.size()
         return tensor.detach()
 

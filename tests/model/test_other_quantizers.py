@@ -90,7 +90,7 @@ class Zero(Whole):
 
 
 class ByHand(Whole):
-    """Another function in the forward than autograd would differentiate, with its own backward."""
+    """A forward that autograd would not differentiate, with a backward of its own."""
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.dequantized()
@@ -104,7 +104,7 @@ def with_layers(make: Any, only: str = "") -> nn.Module:
         if isinstance(module, nn.Linear) and name != "lm_head" and only in name:
             parent, _, last = name.rpartition(".")
             setattr(model.get_submodule(parent), last, make(module))
-    return model.eval()  # of new layers that are in training mode, dropout would be asked
+    return model.eval()  # new layers are in training mode, which leads to a check for dropout
 
 
 def rounded_model() -> nn.Module:
@@ -120,6 +120,11 @@ def rounded_model() -> nn.Module:
 def attribute(model: nn.Module, method: Any = LayerSaliency, **options: Any) -> Any:
     options.setdefault("target", target_ids(3))
     return our_attribution(method, model, "model.embed_tokens", prompt_input(), **options)
+
+
+def test_saliency_with_whole_number_weights_equals_that_with_their_floats() -> None:
+    expected = attribute(rounded_model(), LayerSaliency)
+    assert_close(attribute(with_layers(Whole), LayerSaliency).token_attr, expected.token_attr)
 
 
 @pytest.mark.parametrize("make", [Whole, Named, ByHand])
@@ -152,7 +157,7 @@ def test_one_wrong_layer_is_enough() -> None:
 
 
 def test_the_refusal_comes_before_any_work() -> None:
-    """After two passes and no backward of the method's own."""
+    """After two passes at most, and no backward of the method."""
     model = with_layers(WithoutScale)
     passes: list[int] = []
     model.register_forward_pre_hook(lambda _, args: passes.append(1))
@@ -214,7 +219,7 @@ def test_a_certain_target_is_no_missing_gradient() -> None:
 
 
 class NamesItsFeatures(nn.Module):
-    """Not linear, with plain weights inside: an owner's own block that has `in_features`."""
+    """A block that is not linear, has plain weights inside, and has `in_features`."""
 
     def __init__(self, inner: nn.Module, in_features: int) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""The small real model in 4 and 8 bits: right gradients after `generate()`, and left as it was.
+"""The small real model in 4 and 8 bits: right gradients after `generate()`, nothing changed.
 
-The reference is a float32 copy whose weights are worked out by hand from the stored bytes.
+The reference is a float32 copy whose weights are decoded by hand from the stored bytes.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
 
 @dataclass
 class Loaded:
-    """A quantised model after `generate()`, its float copy, and how it was before the tests."""
+    """A quantised model after `generate()`, its float copy, and its state before the tests."""
 
     name: str
     model: nn.Module
@@ -80,7 +80,7 @@ def loaded(request: Any, demo_model: Any) -> Iterator[Loaded]:
     reference = with_weights(demo_model[0], weights[is_packed(model)], model)
     case = Loaded(request.param, model, tokenizer, reference, layout(model), logits_of(model, ids))
     yield case
-    check_unchanged(case)  # by whichever tests ran
+    check_unchanged(case)  # after whichever tests ran
 
 
 def attribute(case: Loaded, model: nn.Module, method: str, layers: Any) -> Any:
@@ -108,16 +108,16 @@ def test_close_to_the_dequantised_float_copy(loaded: Loaded, method: str) -> Non
         least = bar(loaded.name, method, layer)
         if least is None:
             continue
-        for found, truth in (
+        for attr, truth in (
             (result[layer].token_attr, expected[layer].token_attr),
             (result[layer].seq_attr, expected[layer].seq_attr),
         ):
-            cosine = cosine_similarity(found.flatten(), truth.flatten(), dim=0)
+            cosine = cosine_similarity(attr.flatten(), truth.flatten(), dim=0)
             assert cosine >= least, (layer, float(cosine))
 
 
 def test_close_to_captum_on_the_float_copy(loaded: Loaded) -> None:
-    """Not only to our own classes; and the quantised projection by itself, not in a list."""
+    """Captum is the oracle here, and the quantised projection is alone, not in a list."""
     if loaded.name != "nf4 in float32":
         pytest.skip("one model shows that the reference is Captum's too")
     layer = loaded.reference.get_submodule(Q_PROJ)
@@ -138,7 +138,7 @@ def test_close_to_captum_on_the_float_copy(loaded: Loaded) -> None:
 def test_captum_itself_gets_no_gradient_where_the_processor_packs(
     loaded: Loaded, method: Any
 ) -> None:
-    """What is left is the last token's, which reaches the score past all linear layers."""
+    """Only the last token has some, since it reaches the score past all linear layers."""
     if not is_packed(loaded.model):
         pytest.skip("these weights are not packed, so Captum's gradients are not cut off")
     embedding = loaded.model.get_input_embeddings()
@@ -167,7 +167,7 @@ def test_attributions_sum_to_the_difference_of_the_float_copys_scores(loaded: Lo
 
 
 def test_ablation_equals_direct_computation(loaded: Loaded) -> None:
-    """By the model's own kernels, each prompt by itself."""
+    """The kernels of bitsandbytes score each prompt by itself."""
     wrapper = LLMAttribution(FeatureAblation(loaded.model), loaded.tokenizer)
     result = wrapper.attribute(loaded.inp, target=TARGET)
     prompt = loaded.inp.inp_tensor[0]
@@ -178,8 +178,8 @@ def test_ablation_equals_direct_computation(loaded: Loaded) -> None:
         absent = prompt.clone()
         absent[i] = 0
         rows.append(whole - direct_scores(loaded.model, absent, target))
-    # Packed 4-bit products and those in bfloat16 round by the shape of the batch; 8-bit layers
-    # round by all that is in the pass, so that there each prompt must have had its own.
+    # Packed 4-bit products and those in bfloat16 round by the shape of the batch. 8-bit layers
+    # round by all that is in the pass, so there each prompt must have had its own pass.
     exact = loaded.name == "int8"
     truth = torch.stack(rows, dim=1)
     assert_close(result.token_attr, truth, 1e-6 if exact else 5e-2)
@@ -192,12 +192,12 @@ def direct_scores(model: nn.Module, prompt: Tensor, target: Tensor) -> Tensor:
     return logits.float().log_softmax(-1)[torch.arange(len(target)), target]
 
 
-def test_the_model_is_as_it_was(loaded: Loaded) -> None:
+def test_the_model_is_as_before(loaded: Loaded) -> None:
     attribute(loaded, loaded.model, "saliency", LAYERS)
     check_unchanged(loaded)
 
 
 def check_unchanged(case: Loaded) -> None:
-    """Bytes, packing, flags and forwards are what they were, and the logits to the last bit."""
+    """Bytes, packing, flags, forwards and the logits' last bits are as before."""
     assert layout(case.model) == case.before
     assert torch.equal(logits_of(case.model, case.inp.inp_tensor), case.logits)

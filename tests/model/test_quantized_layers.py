@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import gc
 import warnings
-from itertools import product
+from functools import cache
+from itertools import count, product
 from typing import Any
 
 import pytest
@@ -41,6 +42,7 @@ from tests.oracles.cases import (
     STEPS,
     assert_close,
     differentiating,
+    in_pairs,
     our_attribution,
     problem,
     prompt_columns,
@@ -70,15 +72,16 @@ METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(scope="module", params=list(product(KINDS, (False, True))), ids=str)
-def pair(request: Any) -> Pair:
-    return Pair(*request.param)
+@cache
+def shared_pair(kind: str, ran: bool) -> Pair:
+    """Only for tests that leave the models as they were."""
+    return Pair(kind, ran)
 
 
 def attribute(model: nn.Module, method: str, layers: Any, **options: Any) -> Any:
-    kind, own = METHODS[method]
-    options.setdefault("target", target_ids(3))
-    return our_attribution(kind, model, layers, prompt_input(), **{**own, **options})
+    kind, defaults = METHODS[method]
+    options = {"target": target_ids(3), **defaults, **options}
+    return our_attribution(kind, model, layers, prompt_input(), **options)
 
 
 def by_formula(method: str, model: nn.Module, layer: str) -> Tensor:
@@ -91,23 +94,30 @@ def by_formula(method: str, model: nn.Module, layer: str) -> Tensor:
     return prompt_columns(prompt_input(), integrated_gradients(question, STEPS).attributions[0])
 
 
+def test_saliency_of_an_nf4_model_equals_the_formula_on_its_float_copy() -> None:
+    pair = Pair("nf4", ran=False)
+    result = attribute(pair.model, "saliency", LAYERS["embedding"])
+    expected = by_formula("saliency", pair.reference, LAYERS["embedding"])
+    assert_close(result.token_attr, expected, 1e-3)
+
+
 # --- the weights ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "int8"])
 def test_weights_decoded_by_hand_are_those_of_bitsandbytes(kind: str) -> None:
-    """So that the reference of these tests is right, before and after packing."""
+    """The reference of these tests is right, before and after packing."""
     model = quantized(tiny_float_model(), kind)
     weights = stored_weights(model)
     for name, weight in weights.items():
-        own = model.get_submodule(name).weight
-        truth = bnb.functional.dequantize_4bit(own.data, own.quant_state).float()
+        packed = model.get_submodule(name).weight
+        truth = bnb.functional.dequantize_4bit(packed.data, packed.quant_state).float()
         torch.testing.assert_close(weight, truth, rtol=1e-6, atol=1e-7)
     assert len(weights) == 4 * 7
 
 
 def test_quantisation_is_coarse_but_near() -> None:
-    """So that a test that compared with the unquantised weights would fail."""
+    """A test that compared with the unquantised weights would fail."""
     model = tiny_float_model()
     for kind in KINDS:
         for name, weight in stored_weights(quantized(model, kind)).items():
@@ -118,11 +128,13 @@ def test_quantisation_is_coarse_but_near() -> None:
 # --- gradients -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
-@pytest.mark.parametrize("method", METHODS)
-def test_equals_the_formula_on_the_float_copy(pair: Pair, method: str, layer: str) -> None:
-    result = attribute(pair.model, method, layer)
-    assert_close(result.token_attr, by_formula(method, pair.reference, layer), 1e-3)
+@in_pairs(kind=list(KINDS), ran=[False, True], method=list(METHODS), layer=list(LAYERS))
+def test_equals_the_formula_on_the_float_copy(
+    kind: str, ran: bool, method: str, layer: str
+) -> None:
+    pair, name = shared_pair(kind, ran), LAYERS[layer]
+    result = attribute(pair.model, method, name)
+    assert_close(result.token_attr, by_formula(method, pair.reference, name), 1e-3)
 
 
 @pytest.mark.parametrize("kind", ["nf4 double", "int8"])
@@ -176,15 +188,15 @@ def test_every_option_equals_the_float_copy(option: str, kind: str) -> None:
             model.set_attn_implementation("eager")
     with differentiating(forward=option == "forward mode"):
         torch.manual_seed(0)
-        found = our_attribution(method, pair.model, names, prompt_input(), **options)
+        result = our_attribution(method, pair.model, names, prompt_input(), **options)
         torch.manual_seed(0)
         expected = our_attribution(method, pair.reference, names, prompt_input(), **options)
-    assert_close(found.seq_attr, expected.seq_attr, 2e-3)
+    assert_close(result.seq_attr, expected.seq_attr, 2e-3)
     if expected.token_attr is not None:
-        assert_close(found.token_attr, expected.token_attr, 2e-3)
+        assert_close(result.token_attr, expected.token_attr, 2e-3)
     if expected.convergence_delta is not None:
         torch.testing.assert_close(
-            found.convergence_delta, expected.convergence_delta, rtol=1e-2, atol=1e-2
+            result.convergence_delta, expected.convergence_delta, rtol=1e-2, atol=1e-2
         )
 
 
@@ -193,16 +205,18 @@ def test_the_fixed_prefix_comes_from_the_cache(kind: str) -> None:
     pair = Pair(kind, ran=True)
     inp = TextTemplateInput(f"{PROMPT} {PROMPT} {{}} in {{}}", ["golf", "Paris"])
     both = {"target": target_ids(2), "n_steps": 3, "baselines": "pad"}
-    found = our_attribution(LayerIntegratedGradients, pair.model, LAYERS["mlp"], inp, **both)
+    result = our_attribution(LayerIntegratedGradients, pair.model, LAYERS["mlp"], inp, **both)
     plain = our_attribution(
         LayerIntegratedGradients, pair.reference, LAYERS["mlp"], inp, reuse_prefix=False, **both
     )
-    assert_close(found.token_attr, plain.token_attr, 1e-3)
+    assert_close(result.token_attr, plain.token_attr, 1e-3)
 
 
-@pytest.mark.parametrize("ran", [False, True])
-@pytest.mark.parametrize("family", ["Llama", "OPT", "GPTNeoX", "Mistral"])
-@pytest.mark.parametrize("kind", ["nf4 double", "int8"])
+@in_pairs(
+    kind=["nf4 double", "int8"],
+    family=["Llama", "OPT", "GPTNeoX", "Mistral"],
+    ran=[False, True],
+)
 def test_families(kind: str, family: str, ran: bool) -> None:
     """OPT feeds its linear layers rows without a batch."""
     pair = Pair(kind, ran, family)
@@ -215,13 +229,13 @@ def test_families(kind: str, family: str, ran: bool) -> None:
 
 def least_cosine(model: nn.Module, reference: nn.Module) -> float:
     """Over saliency and gradient × activation at all layers."""
-    found = []
+    cosines = []
     for method, layer in product(("saliency", "gradient_x_activation"), LAYERS.values()):
         result = attribute(model, method, layer).token_attr
         expected = attribute(reference, method, layer).token_attr
         assert result.dtype == torch.float32
-        found.append(float(cosine_similarity(result.flatten(), expected.flatten(), dim=0)))
-    return min(found)
+        cosines.append(float(cosine_similarity(result.flatten(), expected.flatten(), dim=0)))
+    return min(cosines)
 
 
 @pytest.mark.parametrize("ran", [False, True])
@@ -239,7 +253,7 @@ def test_16_bit_models_are_near(kind: str, dtype: torch.dtype, bar: float) -> No
     assert least_cosine(model, reference) > bar
 
 
-def test_8_bit_training_layers_have_gradients_of_their_own() -> None:
+def test_8_bit_layers_for_training_keep_their_gradients() -> None:
     """With `has_fp16_weights` the weights are floats, and quantised in every pass."""
     model = tiny_float_model()
     reference = tiny_float_model()
@@ -261,7 +275,7 @@ def test_layers_that_were_never_moved_are_refused() -> None:
         attribute(model, "saliency", LAYERS["embedding"])
 
 
-# --- the model is as it was ----------------------------------------------------------------------
+# --- the model is as before ----------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -270,13 +284,16 @@ def logits_of(model: nn.Module) -> Tensor:
     return logits
 
 
-def test_gradients_leave_the_model_as_it_was(pair: Pair) -> None:
-    """Packed models stay packed and others are not packed, and nothing else changes either."""
-    before, packed = layout(pair.model), is_packed(pair.model)
+@pytest.mark.parametrize("ran", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_leave_the_model_as_before(kind: str, ran: bool) -> None:
+    """Packed models stay packed, others stay unpacked, and nothing else changes either."""
+    model = shared_pair(kind, ran).model
+    before, packed = layout(model), is_packed(model)
     for method in METHODS:
-        attribute(pair.model, method, list(LAYERS.values()))
-    assert layout(pair.model) == before
-    assert is_packed(pair.model) == packed
+        attribute(model, method, list(LAYERS.values()))
+    assert layout(model) == before
+    assert is_packed(model) == packed
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -291,16 +308,13 @@ def test_logits_after_are_those_before(kind: str) -> None:
     assert torch.equal(logits_of(never_ran), before)
 
 
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-@pytest.mark.parametrize("call", range(1, 9))
-@pytest.mark.parametrize("kind", ["nf4 double", "int8"])
+@in_pairs(kind=["nf4 double", "int8"], call=range(1, 9), error=[RuntimeError, KeyboardInterrupt])
 def test_after_an_exception(kind: str, call: int, error: type[BaseException]) -> None:
     model = Pair(kind, ran=True).model
-    left = [call]
+    calls = count(1)
 
     def stop(*_: Any) -> None:
-        left[0] -= 1
-        if left[0] == 0:
+        if next(calls) == call:
             raise error("stopped by the test")
 
     model.model.norm.register_forward_hook(stop)
@@ -310,13 +324,13 @@ def test_after_an_exception(kind: str, call: int, error: type[BaseException]) ->
     assert layout(model) == before
 
 
-def test_forwards_of_the_owner_are_put_back() -> None:
+def test_a_forward_that_the_owner_set_is_put_back() -> None:
     model = Pair("nf4", ran=False).model
     layer = model.get_submodule(LAYERS["projection"])
     inner = layer.forward
-    layer.forward = own = lambda x: inner(x)
+    layer.forward = wrapped = lambda x: inner(x)
     attribute(model, "saliency", LAYERS["block"])
-    assert vars(layer)["forward"] is own
+    assert vars(layer)["forward"] is wrapped
 
 
 def test_trainable_biases_stay_trainable() -> None:
@@ -345,12 +359,13 @@ def test_repeated_calls_keep_no_tensors(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["nf4 double", "int8"])
-def test_the_target_is_generated_by_the_models_own_kernels(kind: str) -> None:
+def test_the_target_is_generated_by_the_kernels_of_bitsandbytes(kind: str) -> None:
     model = Pair(kind, ran=True).model
     ids = prompt_input().inp_tensor
-    given = {"max_new_tokens": 4, "do_sample": False}
-    generated = model.generate(ids, attention_mask=torch.ones_like(ids), **given)[0, ids.size(1) :]
-    result = attribute(model, "saliency", LAYERS["block"], target=None, gen_args=given)
+    gen_args = {"max_new_tokens": 4, "do_sample": False}
+    rows = model.generate(ids, attention_mask=torch.ones_like(ids), **gen_args)
+    generated = rows[0, ids.size(1) :]
+    result = attribute(model, "saliency", LAYERS["block"], target=None, gen_args=gen_args)
     expected = attribute(model, "saliency", LAYERS["block"], target=generated)
     assert result.output_tokens == expected.output_tokens
     assert_close(result.token_attr, expected.token_attr, 1e-6)
@@ -358,17 +373,17 @@ def test_the_target_is_generated_by_the_models_own_kernels(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.filterwarnings("default:8-bit layers round")
-def test_8_bit_layers_are_said_once(kind: str) -> None:
+def test_one_warning_names_8_bit_layers(kind: str) -> None:
     model = Pair(kind, ran=False).model
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         attribute(model, "integrated_gradients", list(LAYERS.values()))
-    said = [w for w in caught if "8-bit layers round their input" in str(w.message)]
-    assert len(said) == (kind == "int8")
+    named = [w for w in caught if "8-bit layers round their input" in str(w.message)]
+    assert len(named) == (kind == "int8")
     assert not any("not causal" in str(w.message) for w in caught)
 
 
-def test_bitsandbytes_own_notes_are_held_back(caplog: Any) -> None:
+def test_notes_of_bitsandbytes_are_held_back(caplog: Any) -> None:
     model = Pair("int8", ran=False).model
     attribute(model, "saliency", LAYERS["block"], target=None, gen_args={"max_new_tokens": 2})
     LLMAttribution(FeatureAblation(model), tiny_tokenizer()).attribute(

@@ -1,9 +1,10 @@
-"""The model comes back as it was found: after success, an exception, and Ctrl-C."""
+"""The model is as before: after success, an exception, and Ctrl-C."""
 
 from __future__ import annotations
 
 import gc
 import weakref
+from itertools import count
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from tests.models.families import BidirectionalToy, tiny_model
 from tests.oracles.cases import (
     assert_close,
     captum_attribution,
+    in_pairs,
     our_attribution,
     prompt_input,
     target_ids,
@@ -39,19 +41,19 @@ HOOKS = (
 
 def state(model: nn.Module) -> dict[str, Any]:
     """Everything about the model that an attribution touches on its way."""
-    found: dict[str, Any] = {"grad enabled": torch.is_grad_enabled()}
+    parts: dict[Any, Any] = {"grad enabled": torch.is_grad_enabled()}
     for name, module in model.named_modules():
-        found[name, "training"] = module.training
-        found[name, "forward"] = module.__dict__.get("forward")
+        parts[name, "training"] = module.training
+        parts[name, "forward"] = module.__dict__.get("forward")
         for hooks in HOOKS:
-            found[name, hooks] = dict(getattr(module, hooks, {}))
+            parts[name, hooks] = dict(getattr(module, hooks, {}))
     for name, parameter in model.named_parameters():
-        found[name] = (parameter.requires_grad, parameter.grad is None, parameter._version)
-    return found
+        parts[name] = (parameter.requires_grad, parameter.grad is None, parameter._version)
+    return parts
 
 
 def prepared() -> nn.Module:
-    """A model that its owner has set up: flags, a hook and a wrapped forward of his own."""
+    """A model that its owner has set up, with flags, a hook and a wrapped forward."""
     model = tiny_model("llama", fresh=True)
     model.model.embed_tokens.weight.requires_grad_(False)
     model.model.layers[0].mlp.register_forward_hook(lambda *_: None)
@@ -67,6 +69,13 @@ def attribute(model: nn.Module, method: Any, layer: Any, **kwargs: Any) -> Any:
     return our_attribution(method, model, layer, prompt_input(), **kwargs)
 
 
+def test_saliency_leaves_the_model_as_before() -> None:
+    model = tiny_model("llama", fresh=True)
+    before = state(model)
+    attribute(model, LayerSaliency, "model.embed_tokens")
+    assert state(model) == before
+
+
 @pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
 @pytest.mark.parametrize("method", METHODS)
 def test_after_success(method: Any, layer: Any) -> None:
@@ -80,25 +89,23 @@ class Failing:
     """A forward that fails the n-th time it is called."""
 
     def __init__(self, module: nn.Module, call: int, error: type[BaseException]) -> None:
-        self.inner, self.left, self.error = module.forward, call, error
+        self.inner, self.call, self.error = module.forward, call, error
+        self.calls = count(1)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.left -= 1
-        if self.left == 0:
+        if next(self.calls) == self.call:
             raise self.error("stopped by the test")
         return self.inner(*args, **kwargs)
 
 
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-@pytest.mark.parametrize("call", [1, 2, 3, 4])
-@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
-def test_after_an_exception_in_the_model(layer: Any, call: int, error: type[BaseException]) -> None:
+@in_pairs(layer=list(LAYERS), call=[1, 2, 3, 4], error=[RuntimeError, KeyboardInterrupt])
+def test_after_an_exception_in_the_model(layer: str, call: int, error: type[BaseException]) -> None:
     model = prepared()
     last = model.model.layers[3].mlp
     last.forward = Failing(last, call, error)
     before = state(model)
     with pytest.raises(error, match="stopped by the test"):
-        attribute(model, LayerIntegratedGradients, layer, n_steps=6, internal_batch_size=1)
+        attribute(model, LayerIntegratedGradients, LAYERS[layer], n_steps=6, internal_batch_size=1)
     assert state(model) == before
 
 

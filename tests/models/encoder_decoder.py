@@ -115,7 +115,7 @@ def decoder_ids(model: Any, target: Tensor, t: int) -> Tensor:
 
 
 def loop(method: str, model: nn.Module, layer: Any, ids: Tensor, target: Tensor, **how: Any) -> Any:
-    """(T, n_input) by Captum's own method, one target token at a time."""
+    """(T, n_input) by Captum's method, one target token at a time."""
     rows = []
     for t, token in enumerate(target.tolist()):
 
@@ -132,7 +132,7 @@ def loop(method: str, model: nn.Module, layer: Any, ids: Tensor, target: Tensor,
 def loop_with_generated(
     method: str, model: Any, layers: Any, ids: Tensor, target: Tensor, baseline: int, **how: Any
 ) -> Tensor:
-    """(T, n_input + T) of layers (encoder's or None, decoder's or None), by Captum's own method.
+    """(T, n_input + T) of layers (encoder's or None, decoder's or None), by Captum's method.
 
     The decoder's earlier tokens go to the baseline with the encoder's; its beginning stays.
     """
@@ -149,8 +149,8 @@ def loop_with_generated(
             start = torch.full_like(fed, baseline)
             start[0, :n_beginning] = fed[0, :n_beginning]
             how = {**how, "baselines": (torch.full_like(ids, baseline), start)}
-        found = getattr(captum.attr, method)(forward, chosen).attribute((ids, fed), **how)
-        for layer, values in zip(chosen, found, strict=True):
+        attributions = getattr(captum.attr, method)(forward, chosen).attribute((ids, fed), **how)
+        for layer, values in zip(chosen, attributions, strict=True):
             summed = values.sum(-1)[0]
             if layer is layers[0]:
                 rows[t, : ids.size(1)] = summed

@@ -50,7 +50,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 class MinimalTokenizer:
-    """The least that Captum's wrappers ask of a tokenizer: no special tokens, no padding."""
+    """The least that Captum's wrappers need of a tokenizer: no special tokens, no padding."""
 
     def __init__(self) -> None:
         self.words = sorted({word for text in CORPUS for word in text.split()})
@@ -221,10 +221,10 @@ def tiny_model(family: str, fresh: bool = False) -> nn.Module:
 
 
 def layer_names(family: str) -> dict[str, str]:
-    """Kind of layer to its qualified name, in the second of four blocks where there are several.
+    """Kind of layer → qualified name; a kind that every block has is taken from the second of four.
 
-    Two blocks follow it: with one alone, a norm would make gradient times output of all but the
-    last position zero.
+    Two blocks follow it: after one alone, a norm would make gradient times output zero at all
+    positions but the last.
     """
     return _LAYERS.get(family, _LLAMA_LAYERS)
 
@@ -238,7 +238,7 @@ def _causal_mean(hidden: Tensor) -> Tensor:
 
 
 class CausalToy(nn.Module):
-    """Embedding, running means, one nonlinear layer: what a user's own model may look like."""
+    """Embedding, running means, one nonlinear layer: a plain module that a user may bring."""
 
     def __init__(self, vocab_size: int = VOCAB_SIZE, hidden_size: int = 16) -> None:
         super().__init__()
@@ -265,7 +265,7 @@ class BidirectionalToy(CausalToy):
 class LinearToy(nn.Module):
     """log p of every token but the last is linear in the embeddings: closed forms hold.
 
-    The last token takes whatever probability is left, so that the logits are already log
+    The last token takes the remaining probability, so that the logits are already log
     probabilities and the softmax changes nothing. Position i weighs position j by 0.8^(i-j).
     """
 
@@ -289,5 +289,5 @@ class LinearToy(nn.Module):
         hidden = self.embedding(ids)
         mixed = self.mixing(ids.shape[1]).to(hidden) @ hidden
         log_p = self.head(mixed)
-        rest = torch.log1p(-log_p.logsumexp(-1, keepdim=True).exp())
-        return SimpleNamespace(logits=torch.cat([log_p, rest], dim=-1))
+        last = torch.log1p(-log_p.logsumexp(-1, keepdim=True).exp())
+        return SimpleNamespace(logits=torch.cat([log_p, last], dim=-1))

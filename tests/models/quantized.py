@@ -1,7 +1,7 @@
-"""Quantised models to test with, and their weights worked out by hand from the stored bytes.
+"""Quantised models to test with, and their weights decoded by hand from the stored bytes.
 
 Test modules that import this are skipped where bitsandbytes is missing. Nothing here uses the
-package's own dequantisation.
+dequantisation of captum_llm_ext.
 """
 
 from __future__ import annotations
@@ -95,19 +95,19 @@ def quantized(model: nn.Module, kind: str, device: str = "cpu") -> nn.Module:
 
 
 def stored_weights(model: nn.Module, rounded: bool = False) -> dict[str, Tensor]:
-    """The float32 weights that the bytes of a model mean which never ran, by the layer's name.
+    """The float32 weights that the bytes of a model mean, by layer; the model must not have run.
 
-    rounded: scales rounded to bfloat16, as where a processor packs them.
+    rounded: with scales rounded to bfloat16, as a processor that packs them rounds them.
     """
-    found: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}
     module: Any
     for name, module in model.named_modules():
         if isinstance(module, bnb.nn.Linear4bit):
-            found[name] = _of_4_bits(module.weight, rounded)
+            weights[name] = _of_4_bits(module.weight, rounded)
         elif isinstance(module, bnb.nn.Linear8bitLt):
             whole, largest = module.weight.data, module.weight.SCB
-            found[name] = whole.float() * largest.float()[:, None] / 127
-    return found
+            weights[name] = whole.float() * largest.float()[:, None] / 127
+    return weights
 
 
 def _of_4_bits(weight: Any, rounded: bool) -> Tensor:
@@ -130,7 +130,7 @@ def _scales(state: Any) -> Tensor:
 
 
 def with_weights(model: nn.Module, weights: Mapping[str, Tensor], other: nn.Module) -> nn.Module:
-    """A float32 copy of `model` with the weights given, and of `other` all other parameters."""
+    """A float32 copy of `model` with these weights, and with the other parameters of `other`."""
     copy = deepcopy(model).float()
     names = {f"{name}.weight" for name in weights}
     theirs = dict(other.named_parameters())
@@ -151,22 +151,22 @@ def is_packed(model: nn.Module) -> bool:
 
 
 def contents(thing: Any) -> Any:
-    """Comparable by ==: tensors by place and bytes, objects by their attributes."""
+    """What == compares: tensors by address and bytes, objects by their attributes."""
     if isinstance(thing, Tensor):
         data = thing.detach()
         raw = data.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
         return type(thing), data.dtype, tuple(data.shape), data.data_ptr(), hash(raw)
     if isinstance(thing, bnb.functional.QuantState | bnb.MatmulLtState):
-        # idx: the outlying columns of the last pass, whichever that was
+        # idx: the outlying columns of the last pass, which differ from pass to pass
         return {name: contents(value) for name, value in vars(thing).items() if name != "idx"}
     return thing
 
 
 def layout(model: nn.Module) -> dict[Any, Any]:
     """All of the model that a call might change: bytes, packing, flags and forwards."""
-    found: dict[Any, Any] = {}
+    parts: dict[Any, Any] = {}
     for name, module in model.named_modules():
-        found[name] = (
+        parts[name] = (
             vars(module).get("forward"),
             module.training,
             getattr(module, "compute_dtype", None),
@@ -177,13 +177,13 @@ def layout(model: nn.Module) -> dict[Any, Any]:
         )
     for name, parameter in model.named_parameters():
         extra = ("quant_state", "CB", "SCB")
-        found[name, "parameter"] = (
+        parts[name, "parameter"] = (
             parameter.requires_grad,
             parameter.grad,
             contents(parameter),
             {key: contents(getattr(parameter, key, None)) for key in extra},
         )
-    return found
+    return parts
 
 
 class Pair:

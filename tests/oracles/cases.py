@@ -104,6 +104,13 @@ def pairwise(factors: dict[str, Sequence[Any]]) -> Iterator[tuple[Any, ...]]:
         yield best
 
 
+def in_pairs(**factors: Sequence[Any]) -> pytest.MarkDecorator:
+    """Parametrise a test over `pairwise` combinations: a grid that is there for breadth alone."""
+    indices = pairwise({name: range(len(values)) for name, values in factors.items()})
+    rows = [[values[i] for i, values in zip(row, factors.values(), strict=True)] for row in indices]
+    return pytest.mark.parametrize(tuple(factors), rows)
+
+
 def _pairs(row: tuple[Any, ...]) -> set[tuple[tuple[int, Any], tuple[int, Any]]]:
     return set(combinations(enumerate(row), 2))
 

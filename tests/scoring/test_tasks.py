@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from captum_llm_ext import cli, explain, load_model
-from captum_llm_ext.registry import METHODS
+from captum_llm_ext.registry import ATTENTION, METHODS
 from tests.models.encoder_decoder import tiny_seq2seq
 from tests.models.families import PROMPT, tiny_model, tiny_tokenizer
 from tests.models.question_answering import (
@@ -87,7 +87,7 @@ def test_options_of_loading_reach_every_kind(folders: Any) -> None:
         assert tokenizer.pad_token == "<pad>"
 
 
-GRADIENTS_AND_PERTURBATION = [method for method in METHODS if method != "attention"]
+GRADIENTS_AND_PERTURBATION = [name for name, m in METHODS.items() if m.wrapper != ATTENTION]
 
 
 @pytest.mark.parametrize("method", GRADIENTS_AND_PERTURBATION)
