@@ -1,7 +1,8 @@
-"""One thread, no deadlines, and the small real model read once."""
+"""OMP_NUM_THREADS threads (1 if unset), no deadlines, and the small real model read once."""
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import settings
 
 from captum_llm_ext import load_demo_model
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 

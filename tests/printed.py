@@ -1,9 +1,9 @@
-"""Printed text compared: words and layout to the letter, measured figures but for rounding.
+"""Printed text compared to the letter, but for the rounding of measured figures.
 
-A processor rounds in its own order, and a figure near the middle of two last digits is printed as
-either of them. So a measured figure may be off by one in its last digit, and nothing else may
-differ. A figure is measured if it has decimals, an exponent or a percent sign: whole numbers count
-things, and are exact.
+Each processor sums in its own order, so a value near the middle between two last digits prints as
+either of them. A measured figure may be off by one in its last digit. Nothing else may differ.
+A measured figure has decimals, an exponent or a percent sign. Whole numbers count things, so they
+are exact.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _FIGURE = re.compile(
     r"(?P<blanks> *)(?<![\w.])"
     r"(?P<figure>-?\d+(?:\.\d+(?:e[-+]?\d+)?|e[-+]?\d+|(?=%)))(?!\w|\.\d)"
 )
-# Python drops a last zero in these: [0.1, 0.25] are two figures of two decimals.
+# Python drops a last zero in these: [0.1, 0.25] are two figures with two decimals.
 _BRACKETS = re.compile(r"\[[^][]*]|\{[^{}]*}|\([^()]*\)")
 
 
@@ -48,7 +48,7 @@ def _without_figures(line: str) -> str:
 
 
 def _same_place(found: re.Match[str], expected: re.Match[str]) -> bool:
-    """The same blanks before it; in a column, which aligns to the right, the same end."""
+    """The same blanks before both; or the same end, as in a column that aligns to the right."""
     return found["blanks"] == expected["blanks"] or len(found[0]) == len(expected[0])
 
 
@@ -57,7 +57,7 @@ def _difference(found: re.Match[str], expected: re.Match[str]) -> Decimal:
 
 
 def _units(line: str) -> Iterator[Decimal]:
-    """One in the last digit of each figure; in brackets, of the figure that has most decimals."""
+    """The value of each figure's last digit; in brackets, of the one with the most decimals."""
     brackets = [match.span() for match in _BRACKETS.finditer(line)]
     figures = list(_FIGURE.finditer(line))
     for figure in figures:

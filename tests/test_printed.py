@@ -1,4 +1,4 @@
-"""What the comparison of printed text lets pass, and what it does not."""
+"""What the comparison of printed text accepts, and what it refuses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TABLE = "          sequence  Paris\nThe           80.8   80.8\n is            9.
 @pytest.mark.parametrize(
     ("found", "expected"),
     [
-        (TABLE, "\n" + TABLE.replace("Paris\n", "Paris  \n\n")),  # blanks that nobody sees
+        (TABLE, "\n" + TABLE.replace("Paris\n", "Paris  \n\n")),  # blanks at ends of lines
         ("82.7", "82.8"),
         ("83.0", "82.9"),
         ("[82.7, -0.1, 1.0]", "[82.8, 0.0, 0.9]"),

@@ -78,7 +78,6 @@ def test_says_what_changes_on_a_gpu(path: Path) -> None:
 def test_runs(path: Path, tmp_path: Path, monkeypatch: Any, demo_model: Any) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     notebook = nbformat.read(path, as_version=4)
     saved = printed(notebook)

@@ -23,11 +23,8 @@ LAYERS = {
 }
 PROMPT = "Dave lives in Palm Coast, FL and is a lawyer. His personal interests include"
 TARGET = " playing golf, hiking, and spending time with his family and friends."
-
-
 GOLF = " playing golf,"
-
-# In float32, relative to what is summed. A path is steep at its start, and multiplies rounding.
+# Float32 errors relative to the summed terms. A path is steep at its start and multiplies rounding.
 ROUNDING = {LayerIntegratedGradients: 2e-4, LayerGradientXActivation: 1e-5}
 
 each_layer = pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
@@ -49,7 +46,7 @@ def wide_model(demo_model: tuple[Any, Any]) -> tuple[Any, Any]:
 @each_layer
 @each_method
 def test_equals_captum(wide_model: tuple[Any, Any], method: Any, layer: str) -> None:
-    """Where rounding is too small to count: sums that cancel are exact as well."""
+    """In float64, where rounding is too small to count even if a sum cancels."""
     result, expected = ours_and_captums(method, wide_model, layer)
     assert result.output_tokens == expected.output_tokens
     assert_close(result.token_attr, expected.token_attr, 1e-5)
@@ -59,14 +56,12 @@ def test_equals_captum(wide_model: tuple[Any, Any], method: Any, layer: str) -> 
 @each_layer
 @each_method
 def test_equals_captum_in_float32(demo_model: Any, method: Any, layer: str) -> None:
-    """But for rounding, which is relative to the size of what is summed, not to the sum."""
+    """Rounding is relative to the terms of a sum: it can be large against a sum that cancels."""
     result, expected = ours_and_captums(method, demo_model, layer)
-    summed = summed_sizes(method, demo_model, layer)
-    allowed = ROUNDING[method] * summed.max()
+    allowed = ROUNDING[method] * summed_terms(method, demo_model, layer)
     assert result.output_tokens == expected.output_tokens
-    assert (result.token_attr - expected.token_attr).abs().max() <= allowed
-    allowed = ROUNDING[method] * summed.sum(0).max()
-    assert (result.seq_attr - expected.seq_attr).abs().max() <= allowed
+    assert (result.token_attr - expected.token_attr).abs().max() <= allowed.max()
+    assert (result.seq_attr - expected.seq_attr).abs().max() <= allowed.sum(0).max()
 
 
 def ours_and_captums(method: Any, demo: tuple[Any, Any], layer: str) -> tuple[Any, Any]:
@@ -78,7 +73,7 @@ def ours_and_captums(method: Any, demo: tuple[Any, Any], layer: str) -> tuple[An
     return our_attribution(method, model, module, inp, **both), expected
 
 
-def summed_sizes(method: Any, demo: tuple[Any, Any], layer: str) -> Tensor:
+def summed_terms(method: Any, demo: tuple[Any, Any], layer: str) -> Tensor:
     """Σ over hidden units of |attribution| (n_output, n_input), from the formulas."""
     model, tokenizer = demo
     inp = TextTokenInput(PROMPT, tokenizer)
