@@ -12,6 +12,7 @@ from torch import nn
 from captum_llm_ext.compat import InterpretableInput
 from captum_llm_ext.inputs.prompts import as_input
 from captum_llm_ext.model.adapter import QA
+from captum_llm_ext.model.checks import check_pair
 from captum_llm_ext.registry import METHODS, load, method_named
 from captum_llm_ext.results.single import LLMAttributionResult
 from captum_llm_ext.scoring.tasks import task_of
@@ -81,8 +82,8 @@ def explain(
 
     Raises:
         ValueError: the method is unknown or has no layers, a layer is not in the model, or the
-            prompt or the target is empty.
-        TypeError: the prompt is none of the kinds above.
+            prompt or the target is empty; or the model has no head for it.
+        TypeError: the prompt is none of the kinds above, or no model or tokenizer came.
 
     Example:
         >>> model, tokenizer = load_demo_model()
@@ -111,8 +112,11 @@ def make_wrapper(
     """The wrapper of a method, and the options that are left for its `attribute`.
 
     Raises:
-        ValueError: an unknown method or layer, or `quadrature` for a method without a path.
+        ValueError: an unknown method or layer, a model without the head that is needed, or
+            `quadrature` for a method without a path.
+        TypeError: no model, or no tokenizer.
     """
+    check_pair(model, tokenizer)  # before its embeddings are looked for
     row = method_named(method)
     made_with = (*row.settings, *row.wrapped_by.settings)
     settings = {**row.fixed, **{name: options[name] for name in made_with if name in options}}

@@ -21,6 +21,7 @@ from captum_llm_ext.compat import (
 )
 from captum_llm_ext.inputs.features import Features, read_features
 from captum_llm_ext.model.adapter import QA, SEQ2SEQ
+from captum_llm_ext.model.checks import check_pair
 from captum_llm_ext.model.encoder_decoder import EncoderDecoder
 from captum_llm_ext.model.layers import LayerSpec, Site, decoder_blocks, input_device, resolve_sites
 from captum_llm_ext.results.attention import LLMAttentionAttributionResult
@@ -59,7 +60,9 @@ class LLMAttentionAttribution(BaseLLMAttribution):
 
     Raises:
         ValueError: the reduction is unknown, a layer is not in the model, the heads are not
-            distinct indices, or the model is not one of transformers or not causal.
+            distinct indices, or the model is not one of transformers, not causal, or has no
+            language-model head.
+        TypeError: no model, or no tokenizer.
 
     Example:
         >>> inp = TextTokenInput("The capital of France is", tokenizer)
@@ -81,7 +84,8 @@ class LLMAttentionAttribution(BaseLLMAttribution):
     ) -> None:
         if reduction not in REDUCTIONS:
             raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}")
-        _check_model(model)
+        check_pair(model, tokenizer)
+        _check_attention(model)
         super().__init__(Attribution(model), tokenizer)
         self.reduction = reduction
         # Resolved now, so that a layer that is not in the model fails where the caller wrote it.
@@ -220,9 +224,7 @@ class LLMAttentionAttribution(BaseLLMAttribution):
         )
 
 
-def _check_model(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"expected a model first, got {type(model).__name__}")
+def _check_attention(model: nn.Module) -> None:
     if not configs(model):
         raise ValueError(
             f"{type(model).__name__} gives no attention weights: expected a causal language model "

@@ -53,6 +53,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help='device of the weights, such as "cuda" or "auto" (default: the CPU; with several '
         "processes, a GPU for each process where there are any)",
     )
+    add(
+        "--trust-remote-code",
+        action="store_true",
+        help="run Python code from the model's folder, with all your rights, where it needs any",
+    )
 
 
 def add_input_arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-LOAD_OPTIONS = ("task", "quantization", "dtype", "device_map")
+LOAD_OPTIONS = ("task", "quantization", "dtype", "device_map", "trust_remote_code")
 
 
 def take(arguments: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:

@@ -37,6 +37,7 @@ from captum_llm_ext.inputs.baselines import (
 from captum_llm_ext.inputs.features import Features, baseline_tokens, read_features
 from captum_llm_ext.inputs.targets import GRADIENT_TARGETS, check_attr_target
 from captum_llm_ext.model.adapter import layout_of
+from captum_llm_ext.model.checks import check_pair, check_weights
 from captum_llm_ext.model.hooks import differentiable
 from captum_llm_ext.model.layers import input_device, resolve_sites
 from captum_llm_ext.model.quantized import dequantized_products, quiet_bitsandbytes
@@ -69,7 +70,9 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
             "prob" it is the product of the probabilities.
 
     Raises:
-        ValueError: an unsupported method, an unknown `attr_target`, or no such layer.
+        ValueError: an unsupported method, an unknown `attr_target`, or no such layer; a masked
+            language model, a classifier, or a model without a language-model head.
+        TypeError: no model, or no tokenizer.
 
     Integrated gradients: Sundararajan et al. 2017, https://arxiv.org/abs/1703.01365. Captum's
     wrappers: Miglani et al. 2023, https://arxiv.org/abs/2312.05491.
@@ -91,6 +94,7 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
         if not isinstance(attr_method, self.SUPPORTED_METHODS):
             names = ", ".join(kind.__name__ for kind in self.SUPPORTED_METHODS)
             raise ValueError(f"expected one of {names}; got {type(attr_method).__name__}")
+        check_pair(attr_method.forward_func, tokenizer)  # type: ignore[attr-defined]
         super().__init__(copy(attr_method), tokenizer)
         self.attr_target = check_attr_target(attr_target, GRADIENT_TARGETS)
         self._driver = driver_of(attr_method)
@@ -202,6 +206,7 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
         if isinstance(baselines, list) and not baselines:
             raise ValueError("baselines must hold at least one baseline, got an empty list")
         _check_choices(layer_mode, num_trials, internal_batch_size, grad_kwargs, dtype)
+        check_weights(self.model)
         request = Request(target, gen_args, contrast_target, self.attr_target, skip_tokens)
         with differentiable(self.model), quiet_bitsandbytes():
             method = gradient_method(self._driver, self.attr_method, method_options)

@@ -11,6 +11,7 @@ from captum_llm_ext.compat import InterpretableInput
 from captum_llm_ext.inputs.segments import PATTERNS, Span, find_segments, template_of_spans
 from captum_llm_ext.inputs.templates import value_spans
 from captum_llm_ext.inputs.tokens import tokens_in_spans
+from captum_llm_ext.model.checks import check_tokenizer
 
 CHAT_FEATURES = ("token", "message", *PATTERNS)
 
@@ -50,6 +51,7 @@ def chat_input(
     """
     if not isinstance(messages, Sequence):
         raise TypeError(f"expected a list of messages first, got {type(messages).__name__}")
+    check_tokenizer(tokenizer)
     if by not in CHAT_FEATURES:
         raise ValueError(f"by must be one of {', '.join(CHAT_FEATURES)}; got {by!r}")
     text, spans = _rendered(messages, tokenizer, roles)

@@ -8,6 +8,7 @@ from typing import Any
 from captum_llm_ext.compat import InterpretableInput
 from captum_llm_ext.inputs.segments import PATTERNS, find_segments, template_of_spans
 from captum_llm_ext.inputs.tokens import token_input
+from captum_llm_ext.model.checks import check_tokenizer
 
 PARTS = ("question", "context")
 QA_FEATURES = ("token", "part", *PATTERNS)
@@ -50,6 +51,7 @@ def qa_input(
         >>> inp.values  # doctest: +SKIP
         ['Who plays golf?', 'Dave plays golf.']
     """
+    check_tokenizer(tokenizer)
     if by not in QA_FEATURES:
         raise ValueError(f"by must be one of {', '.join(QA_FEATURES)}; got {by!r}")
     parts = (parts,) if isinstance(parts, str) else parts

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +17,19 @@ from captum_llm_ext.inputs.token_text import readable_token
 
 GRADIENT_TARGETS = ("log_prob", "prob", "logit")
 PERTURBATION_TARGETS = (*GRADIENT_TARGETS, "rank")
+
+# Inputs of a model, which its scores would not see; the settings of `generate` are others.
+MODEL_INPUTS = (
+    "inputs",
+    "input_ids",
+    "inputs_embeds",
+    "position_ids",
+    "token_type_ids",
+    "past_key_values",
+    "encoder_outputs",
+    "decoder_inputs_embeds",
+    "decoder_attention_mask",
+)
 
 
 @dataclass(frozen=True)
@@ -91,23 +105,22 @@ def generated_ids(
     model: nn.Module,
     prompt: Tensor,
     gen_args: Mapping[str, Any] | None,
+    tokenizer: Any,
     beginning: Sequence[int] | None = None,
 ) -> Tensor:
     """The token ids (n_output,) that the model generates after a prompt (1, n_prompt).
 
-    beginning: the ids that `generate` returns before the generated ones. Default: the prompt's.
+    beginning: the ids that `generate` returns before the generated ones. Default: the prompt's. The
+    first of several sequences counts, without the padding to the length of the longest.
     """
     generate = getattr(model, "generate", None)
     if not callable(generate):
         raise ValueError(
             f"no target was given and {type(model).__name__} has no generate(): pass target="
         )
+    settings = generation_settings(gen_args, tokenizer, generate)
     with torch.no_grad():
-        output = generate(
-            input_ids=prompt,
-            attention_mask=torch.ones_like(prompt),
-            **(gen_args or DEFAULT_GEN_ARGS),
-        )
+        output = generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **settings)
     sequences = output if isinstance(output, Tensor) else output.sequences
     if beginning is None:
         generated: Tensor = sequences[0, prompt.size(1) :]
@@ -115,7 +128,50 @@ def generated_ids(
         generated = _after(beginning, sequences[0])
     if not len(generated):
         raise ValueError("the model generated no token: the target must have at least one token")
+    if len(sequences) > 1:
+        pad, end = settings.get("pad_token_id"), getattr(tokenizer, "eos_token_id", None)
+        return _without_padding(generated, pad, keep=int(pad == end))
     return generated
+
+
+def _without_padding(ids: Tensor, pad: int | None, keep: int) -> Tensor:
+    """The ids (n_output,) without pad tokens at their end, but for `keep` that end the text."""
+    n_padding = next((n for n, i in enumerate(reversed(ids.tolist())) if i != pad), len(ids))
+    return ids[: max(1, len(ids) - max(0, n_padding - keep))]
+
+
+def generation_settings(
+    gen_args: Mapping[str, Any] | None, tokenizer: Any, generate: Callable[..., Any]
+) -> dict[str, Any]:
+    """The caller's settings of `generate`, or Captum's, and a pad token where they name none.
+
+    Raises:
+        ValueError: an input of the model is among them, or a mask that hides tokens of the prompt.
+    """
+    settings = dict(gen_args or DEFAULT_GEN_ARGS)
+    mask = settings.pop("attention_mask", None)
+    if mask is not None and not torch.as_tensor(mask).bool().all():
+        raise ValueError(
+            "the attention_mask in gen_args hides tokens, which the scores would see: leave these "
+            "tokens out of the prompt"
+        )
+    if inputs := [name for name in MODEL_INPUTS if name in settings]:
+        raise ValueError(
+            f"gen_args holds settings of generate(), and {', '.join(inputs)} is an input of the "
+            "model: the prompt comes from the input that is attributed"
+        )
+    pad = getattr(tokenizer, "pad_token_id", None)
+    pad = getattr(tokenizer, "eos_token_id", None) if pad is None else pad
+    of_caller = getattr(settings.get("generation_config"), "pad_token_id", None)
+    if pad is not None and of_caller is None and takes(generate, "pad_token_id"):
+        settings.setdefault("pad_token_id", pad)
+    return settings
+
+
+def takes(function: Callable[..., Any], name: str) -> bool:
+    """Whether a function has a keyword of this name, or any."""
+    parameters = inspect.signature(function).parameters
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def _after(beginning: Sequence[int], ids: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from captum_llm_ext.inputs.baselines import (
     baseline_of_input,
     token_ids,
 )
+from captum_llm_ext.model.checks import check_tokenizer
 
 
 class TextTokenInput(CaptumTextTokenInput):
@@ -54,6 +55,7 @@ class TextTokenInput(CaptumTextTokenInput):
         baselines: int | str | tuple[str, int] = 0,
         skip_tokens: Sequence[int] | Sequence[str] | None = None,
     ) -> None:
+        check_tokenizer(tokenizer)
         kind, value = Baseline.parse(baselines, tokenizer)
         self.named_baseline: BaselineSpec = None
         if kind not in ("ids", "unknown"):  # `attribute` looks it up, with the model

@@ -23,6 +23,7 @@ from captum_llm_ext.inputs.templates import with_drawn_baselines
 from captum_llm_ext.metrics.curves import FRACTIONS, MEASURES
 from captum_llm_ext.metrics.judging import Faithfulness
 from captum_llm_ext.metrics.removal import MOST_STEPS, Removal, feature_attr, open_prompts
+from captum_llm_ext.model.checks import check_pair
 from captum_llm_ext.perturbations.masked_prompts import MaskedPrompts
 from captum_llm_ext.registry import METHODS
 from captum_llm_ext.scoring.checks import check_counts
@@ -173,7 +174,9 @@ def compare_methods(
 
     Raises:
         ImportError: pandas is missing (the extra ``export``).
-        ValueError: no prompts or methods, an unknown method, or numbers without a meaning.
+        ValueError: no prompts or methods, an unknown method, numbers without a meaning, or a model
+            without a language-model head.
+        TypeError: no model, or no tokenizer.
 
     Example:
         >>> prompts, targets = ["The capital of France is", "Two plus two is"], [" Paris", " four"]
@@ -186,6 +189,7 @@ def compare_methods(
     Source: Petsiuk et al. 2018, https://arxiv.org/abs/1806.07421; DeYoung et al. 2020,
     https://arxiv.org/abs/1911.03429.
     """
+    check_pair(model, tokenizer)
     _check_for_pandas()
     _check_bootstrap(n_bootstrap, confidence)
     beginning = gen_args_of_target(model, gen_args)

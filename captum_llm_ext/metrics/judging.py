@@ -15,6 +15,7 @@ from captum_llm_ext.display import draw_removal_curves
 from captum_llm_ext.inputs.baselines import BaselineSpec
 from captum_llm_ext.metrics.curves import FRACTIONS, MEASURES, RemovalCurves
 from captum_llm_ext.metrics.removal import MOST_STEPS, Removal, feature_attr, open_prompts
+from captum_llm_ext.model.checks import check_pair
 from captum_llm_ext.scoring.tasks import Request, gen_args_of_target
 
 if TYPE_CHECKING:
@@ -163,7 +164,7 @@ def faithfulness(
         ValueError: the target is not the result's, the attribution does not fit the input or has
             values that are no numbers, its baseline is not of tokens and `baselines` is not given,
             or an argument has no meaning.
-        TypeError: the input is neither of tokens nor a template.
+        TypeError: the input is neither of tokens nor a template, or no model or tokenizer came.
 
     Example:
         >>> result = explain(model, tokenizer, "The capital of France is", " Paris", "ablation")
@@ -171,6 +172,7 @@ def faithfulness(
         >>> judged.over_random()["deletion"] > 0
         True
     """
+    check_pair(model, tokenizer)
     removal = Removal(absolute, fractions, n_steps, n_random)
     prompts = open_prompts(
         model,

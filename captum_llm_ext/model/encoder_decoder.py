@@ -8,7 +8,7 @@ model. The decoder is causal, so one pass scores all target tokens.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from captum_llm_ext.model.adapter import Adapter, Part
 from captum_llm_ext.model.hooks import is_ids
-from captum_llm_ext.model.layers import Site, token_embedding
+from captum_llm_ext.model.layers import Site, find_token_embedding, token_embedding
 
 
 class EncoderDecoder(Adapter):
@@ -30,16 +30,15 @@ class EncoderDecoder(Adapter):
     def __init__(self, model: Any, n_encoder: int, beginning: Sequence[int]) -> None:
         super().__init__(model)
         self.n_encoder, self.beginning = n_encoder, list(beginning)
-        halves = token_embedding(model.get_encoder()), token_embedding(model.get_decoder())
-        self.embeddings = TokenEmbeddings(*halves, n_encoder)
+        self.embeddings = TokenEmbeddings.of(model, n_encoder)
 
-    def get_input_embeddings(self) -> nn.Module:
+    def get_input_embeddings(self) -> nn.Module | None:
         return self.embeddings
 
     def site(self, site: Site) -> Site:
         """The model's token embedding means both halves of the row."""
         is_embedding = site.module is super().get_input_embeddings()
-        return replace(site, module=self.embeddings) if is_embedding else site
+        return replace(site, module=token_embedding(self)) if is_embedding else site
 
     def prompt(self, ids: Tensor) -> Tensor:
         return torch.cat([ids, ids.new_tensor(self.beginning)])
@@ -55,6 +54,8 @@ class EncoderDecoder(Adapter):
         return max(n_prompt - n_beginning, n_beginning + n_target)
 
     def check_embedding_baseline(self, replaced: Tensor) -> None:
+        if self.embeddings is None:
+            return
         encoder, decoder = self.embeddings.encoder.weight, self.embeddings.decoder.weight
         in_decoder = replaced[self.n_encoder :].any()
         if in_decoder and encoder.data_ptr() != decoder.data_ptr():  # type: ignore[operator]
@@ -64,9 +65,9 @@ class EncoderDecoder(Adapter):
             )
 
     def forward(self, ids: Tensor, output_attentions: bool = False) -> Any:
-        encoder_ids, decoder_ids = self.embeddings.split(ids)
+        encoder_ids, decoder_ids = ids[:, : self.n_encoder], ids[:, self.n_encoder :]
         # One module embeds both halves, so that hooks read and replace them as one layer.
-        with _embedded_as(self.embeddings, ids, self.embeddings(ids)):
+        with nullcontext() if self.embeddings is None else _embedded_as(self.embeddings, ids):
             mask = torch.ones_like(encoder_ids)
             options = {"output_attentions": True} if output_attentions else {}
             return self._run(encoder_ids, mask, decoder_ids, **options)
@@ -97,6 +98,18 @@ class TokenEmbeddings(nn.Module):
     encoder, decoder: the token embeddings of each, which may be one module.
     """
 
+    @classmethod
+    def of(cls, model: Any, n_encoder: int) -> TokenEmbeddings | None:
+        """Those of a model, one module or two; None where a half does not name its own.
+
+        Perturbation can do without them.
+        """
+        encoder = find_token_embedding(model.get_encoder())
+        decoder = find_token_embedding(model.get_decoder())
+        if encoder is None or decoder is None:
+            return None
+        return cls(encoder, decoder, n_encoder)
+
     def __init__(self, encoder: nn.Module, decoder: nn.Module, n_encoder: int) -> None:
         super().__init__()
         self.encoder, self.decoder, self.n_encoder = encoder, decoder, n_encoder
@@ -122,13 +135,14 @@ class TokenEmbeddings(nn.Module):
 
 
 @contextmanager
-def _embedded_as(embeddings: TokenEmbeddings, ids: Tensor, embedded: Tensor) -> Iterator[None]:
-    """Let the model take the embeddings of `ids` from `embedded` (rows, length, hidden).
+def _embedded_as(embeddings: TokenEmbeddings, ids: Tensor) -> Iterator[None]:
+    """Let the model take the embeddings of `ids` from one call of `embeddings`.
 
     One module may embed for both halves. The encoder runs first, so the first call is then its.
     """
     halves = (embeddings.encoder, embeddings.decoder)
-    expected = list(zip(halves, embeddings.split(ids), embeddings.split(embedded), strict=True))
+    parts = embeddings.split(embeddings(ids))
+    expected = list(zip(halves, embeddings.split(ids), parts, strict=True))
 
     def replace_output(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         for i, (half, half_ids, half_embedded) in enumerate(expected):

@@ -137,8 +137,12 @@ def token_embedding(model: nn.Module) -> nn.Module:
 def find_token_embedding(model: nn.Module) -> nn.Module | None:
     """The embedding that the model names, or its only one, or None."""
     named = module_from_getter(model, "get_input_embeddings")
+    if named is None:  # halves that are plain modules, as FSMT's, keep to the name all the same
+        named = getattr(model, "embed_tokens", None)
+    if isinstance(named, nn.Module):
+        return named
     embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    return embeddings[0] if named is None and len(embeddings) == 1 else named
+    return embeddings[0] if len(embeddings) == 1 else None
 
 
 def output_head(model: nn.Module) -> nn.Module | None:

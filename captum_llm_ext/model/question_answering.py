@@ -34,6 +34,11 @@ class QuestionAnswering(Adapter):
     def forward(self, ids: Tensor) -> Logits:
         mask = torch.ones_like(ids)
         output = self.model(input_ids=ids, attention_mask=mask, **self._token_types(ids))
+        if not hasattr(output, "start_logits"):  # as of tables, of pictures, or of beams of spans
+            raise ValueError(
+                f"{type(self.model).__name__} gives no start_logits and end_logits of an answer: "
+                "expected a model of extractive question answering, such as of BERT or RoBERTa"
+            )
         return Logits(torch.stack([output.start_logits, output.end_logits], dim=1))
 
     def logits_after(self, prompts: Sequence[Tensor], fed: Tensor) -> Tensor:

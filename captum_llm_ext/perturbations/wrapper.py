@@ -18,7 +18,12 @@ from captum_llm_ext.compat import (
     _convert_ids_to_pretty_tokens,
 )
 from captum_llm_ext.inputs.baselines import BaselineSpec
-from captum_llm_ext.inputs.targets import PERTURBATION_TARGETS, check_attr_target
+from captum_llm_ext.inputs.targets import (
+    PERTURBATION_TARGETS,
+    check_attr_target,
+    generation_settings,
+)
+from captum_llm_ext.model.checks import check_pair
 from captum_llm_ext.model.quantized import quiet_bitsandbytes
 from captum_llm_ext.perturbations.captum_methods import CaptumMethod, check_needs
 from captum_llm_ext.perturbations.masked_prompts import (
@@ -75,7 +80,9 @@ class LLMAttribution(CaptumLLMAttribution):
             tokens; for "prob" it is the product of the probabilities.
 
     Raises:
-        ValueError: an unsupported method or an unknown `attr_target`.
+        ValueError: an unsupported method or an unknown `attr_target`; a masked language model, a
+            classifier, or a model without a language-model head.
+        TypeError: no model, or no tokenizer.
 
     Feature ablation and the wrapper: Miglani et al. 2023, https://arxiv.org/abs/2312.05491;
     Shapley sampling: Castro et al. 2009; LIME: https://arxiv.org/abs/1602.04938; Kernel SHAP:
@@ -107,6 +114,7 @@ class LLMAttribution(CaptumLLMAttribution):
         if not isinstance(attr_method, self.SUPPORTED_METHODS):
             names = ", ".join(kind.__name__ for kind in self.SUPPORTED_METHODS)
             raise ValueError(f"expected one of {names}; got {type(attr_method).__name__}")
+        check_pair(attr_method.forward_func, tokenizer)
         super().__init__(attr_method, tokenizer)
         self.attr_target = check_attr_target(attr_target, PERTURBATION_TARGETS)
         ours = isinstance(attr_method, PerturbationMethod)
@@ -281,7 +289,10 @@ class LLMAttribution(CaptumLLMAttribution):
             raise ValueError("an ImageMaskInput takes attr_target 'log_prob' or 'prob' alone")
         if baselines is not None or request.skip_tokens:
             raise ValueError("an ImageMaskInput has its own baseline and no skip_tokens")
-        ids = self._get_target_tokens(inp, request.target, request.gen_args)
+        gen_args = request.gen_args
+        if request.target is None and callable(generate := getattr(self.model, "generate", None)):
+            gen_args = generation_settings(gen_args, self.tokenizer, generate)
+        ids = self._get_target_tokens(inp, request.target, gen_args)
         forward = partial(
             self._forward_func,
             inp=inp,

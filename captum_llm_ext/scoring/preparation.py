@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from captum_llm_ext.compat import InterpretableInput
 from captum_llm_ext.inputs.features import Features
 from captum_llm_ext.model.adapter import CAUSAL, Adapter
+from captum_llm_ext.model.checks import check_reads_tokens
 from captum_llm_ext.model.hooks import evaluating
 from captum_llm_ext.model.layers import accepts
 from captum_llm_ext.model.prefix_cache import PrefixCache, can_be_cropped
@@ -87,9 +88,10 @@ def prepare(
     """The input's prompt (1, n_prompt) with the request's target, generated if need be.
 
     Raises:
-        ValueError: ids that are not in the vocabulary, a prompt and target that are too long, or
-            a target that has no meaning.
+        ValueError: a model of pictures or sounds, ids that are not in the vocabulary, a prompt and
+            target that are too long, or a target that has no meaning.
     """
+    check_reads_tokens(model)
     task = task_of(model)
     forcing = task.teacher_forcing(model, tokenizer, prompt, request)
     check_ids(forcing)

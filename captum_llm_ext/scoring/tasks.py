@@ -149,7 +149,7 @@ def _target(
     """
     first = [] if beginning is None else list(beginning[1:])
     if request.target is None:
-        ids = generated_ids(model, prompt, request.gen_args, beginning)
+        ids = generated_ids(model, prompt, request.gen_args, tokenizer, beginning)
     elif request.gen_args is not None:
         raise ValueError(
             "gen_args is only for a generated target; got gen_args and a target (which, of an "

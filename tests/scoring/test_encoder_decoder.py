@@ -12,12 +12,15 @@ import transformers
 from torch import Tensor
 
 from captum_llm_ext import (
+    FeatureAblation,
     LayerIntegratedGradients,
     LayerSaliency,
     LLMAttribution,
     LLMGradientAttribution,
+    TextTokenInput,
     segment_input,
 )
+from captum_llm_ext.model import encoder_decoder
 from tests.models.encoder_decoder import (
     CONFIGS,
     FAMILIES,
@@ -32,7 +35,7 @@ from tests.models.encoder_decoder import (
     target_of,
     tiny_seq2seq,
 )
-from tests.models.families import VOCAB_SIZE, _randomise, tiny_tokenizer
+from tests.models.families import PROMPT, VOCAB_SIZE, _randomise, tiny_tokenizer
 from tests.oracles.cases import BASELINE, METHODS, STEPS, assert_close, our_attribution
 
 # Few steps are enough to compare; that they do not converge is another test's matter.
@@ -370,3 +373,66 @@ def test_an_encoder_and_a_decoder_with_embeddings_of_their_own() -> None:
     with pytest.raises(ValueError, match="give a token id as the baseline"):
         our_attribution(LayerIntegratedGradients, model, layer, inp, baselines="mean", **how)
     our_attribution(LayerIntegratedGradients, model, layer, inp, baselines="mean", target=target)
+
+
+# --- halves that do not name their embedding ------------------------------------------------------
+
+
+def fsmt() -> Any:
+    """A translator of WMT19, whose encoder is a plain module."""
+    config = transformers.FSMTConfig(
+        langs=["en", "de"],
+        src_vocab_size=VOCAB_SIZE,
+        tgt_vocab_size=VOCAB_SIZE,
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        pad_token_id=3,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=2,
+    )
+    return _randomise(transformers.FSMTForConditionalGeneration(config))
+
+
+def fsmt_score(model: Any, ids: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    start = torch.cat([torch.tensor([2]), target[:-1]])[None]
+    output = model(input_ids=ids, decoder_input_ids=start, use_cache=False)
+    return output.logits[0].log_softmax(-1)[range(len(target)), target].sum()
+
+
+def test_ablation_of_a_model_whose_encoder_is_a_plain_module(monkeypatch: Any) -> None:
+    model, tokenizer, target = fsmt(), tiny_tokenizer(), torch.tensor([40, 50, 60])
+    inp = TextTokenInput(PROMPT, tokenizer)
+    ids, expected = inp.inp_tensor, []
+    with torch.no_grad():
+        for i in range(ids.size(1)):
+            ablated = ids.clone()
+            ablated[0, i] = 0
+            expected.append(fsmt_score(model, ids, target) - fsmt_score(model, ablated, target))
+    result = LLMAttribution(FeatureAblation(model), tokenizer).attribute(inp, target)
+    assert_close(result.seq_attr, torch.stack(expected))
+    # Ablation needs no embedding, where a half has it under a name that nobody knows.
+    monkeypatch.setattr(encoder_decoder, "find_token_embedding", lambda half: None)
+    result = LLMAttribution(FeatureAblation(model), tokenizer).attribute(inp, target)
+    assert_close(result.seq_attr, torch.stack(expected))
+    method = LayerSaliency(model, model.get_input_embeddings())
+    with pytest.raises(ValueError, match="cannot tell which embedding"):
+        LLMGradientAttribution(method, tokenizer).attribute(inp, target)
+
+
+def test_saliency_of_a_model_whose_encoder_is_a_plain_module() -> None:
+    model, tokenizer, target = fsmt(), tiny_tokenizer(), torch.tensor([40, 50, 60])
+    inp, held = TextTokenInput(PROMPT, tokenizer), []
+    embedding = model.get_encoder().embed_tokens
+    hook = embedding.register_forward_hook(lambda module, args, output: held.append(output))
+    score = fsmt_score(model, inp.inp_tensor, target)
+    hook.remove()
+    (gradient,) = torch.autograd.grad(score, held[0])
+    method = LayerSaliency(model, model.get_input_embeddings())
+    result = LLMGradientAttribution(method, tokenizer).attribute(inp, target)
+    assert_close(result.seq_attr, gradient[0].abs().sum(-1))
