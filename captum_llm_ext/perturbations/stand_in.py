@@ -1,9 +1,9 @@
-"""Whether the token that stands for an absent one hides everything before it.
+"""Whether the token that stands for an absent one hides what stands before it.
 
-A document separator does so: the model ignores what stands before it, and every token of the prompt
-seems to matter as much as all tokens up to it. What a token does is measured: put into the middle
-of the prompt, its score drops are compared with those of dropping the token there, and with those
-of dropping everything up to there.
+A document separator does so: the model ignores much of what precedes it, and a token of the prompt
+seems to matter as much as all tokens up to it. What a token does is measured. Put into the middle
+of the prompt it costs more than dropping the token there; the question is how far it goes towards
+the cost of dropping everything before it as well.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from captum_llm_ext.warning import warn
 
 FEWEST_FEATURES = 16  # in shorter prompts there is little to hide
 PLACES = (1 / 3, 1 / 2, 2 / 3)  # of the prompt
-LEAST_DROP = 1.0  # mean drop without everything up to a place, in nats: less would tell nothing
+LEAST_DROP = 1.0  # that everything before a place is worth on average, in nats
+HIDDEN = 0.25  # of that worth, from which on it warns
 
 
 def warn_of_hiding_stand_in(masked: MaskedPrompts) -> None:
@@ -33,18 +34,16 @@ def warn_of_hiding_stand_in(masked: MaskedPrompts) -> None:
         prompts += [
             (*prompt[:i], stand_in, *prompt[i + 1 :]),
             (*prompt[:i], *prompt[i + 1 :]),
-            prompt[i + 1 :],
+            (stand_in, *prompt[i + 1 :]),
         ]
     log_probs = masked.scorer.scores(prompts)[:, 1, 0].cpu()
     replaced, dropped, beheaded = (log_probs[0] - log_probs[1:]).view(-1, 3).T
-    from_dropped = (replaced - dropped).abs().sum()
-    from_beheaded = (replaced - beheaded).abs().sum()
-    if beheaded.mean() > LEAST_DROP and 2 * from_beheaded < from_dropped:
+    worth, hidden = (beheaded - dropped).mean(), (replaced - dropped).mean()
+    if worth > LEAST_DROP and hidden > HIDDEN * worth:
         token = masked.tokenizer.convert_ids_to_tokens([stand_in])[0]
         warn(
-            f"the baseline {token!r} (id {stand_in}) hides what stands before it from the model, "
-            "so attributions are those of everything up to a token: its score drops follow those "
-            f"of dropping all of it (off by {from_beheaded / 3:.2f}) and not those of dropping the "
-            f"token (off by {from_dropped / 3:.2f}). Choose another, such as baselines='remove' or "
-            "'pad'"
+            f"the baseline {token!r} (id {stand_in}) hides what stands before it from the model: "
+            f"in the middle of this prompt it takes away {hidden / worth:.0%} of what all tokens "
+            "before it are worth, beside the token that it replaces. Attributions grow towards the "
+            "end of the prompt for that reason. Choose another, such as baselines='remove' or 'pad'"
         )

@@ -108,7 +108,7 @@ def test_a_separator_that_hides_the_prompt_is_warned_of(demo_model: Any) -> None
     model, tokenizer = demo_model
     wrapper = LLMAttribution(FeatureAblation(model), tokenizer)
     inp = TextTokenInput(LONG, tokenizer)
-    target = " Paris, France."
+    target = " Paris"
     with pytest.warns(UserWarning, match=r"'<\|endoftext\|>' \(id 0\) hides what stands before"):
         wrapper.attribute(inp, target)
     with warnings.catch_warnings():
