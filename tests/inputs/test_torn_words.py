@@ -116,7 +116,7 @@ def test_chats_and_prompts_that_end_a_line_are_not_hinted_at() -> None:
 def test_translations_begin_a_text_of_their_own() -> None:
     model = tiny_seq2seq("t5")
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.filterwarnings("error", message="no space stands")
         explain(model, tiny_tokenizer(), PROMPT, "golf", "ablation")
 
 
