@@ -27,7 +27,7 @@ from captum_llm_ext.model.layers import LayerSpec, Site, decoder_blocks, input_d
 from captum_llm_ext.results.attention import LLMAttentionAttributionResult
 from captum_llm_ext.scoring.checks import warn_of_dropout
 from captum_llm_ext.scoring.positions import Positions
-from captum_llm_ext.scoring.preparation import prepare
+from captum_llm_ext.scoring.preparation import Prepared, prepare
 from captum_llm_ext.scoring.tasks import Request, task_of
 
 AttentionLayers: TypeAlias = int | LayerSpec | Iterable[int | LayerSpec]
@@ -161,9 +161,8 @@ class LLMAttentionAttribution(BaseLLMAttribution):
             features = features.with_generated(
                 forcing.target.ids, self.tokenizer, forcing.row.n_prompt
             )
-        tokens = prepared.output_tokens
         return self._result(
-            layers, log_probs, features, tokens, inp, prompt, include_per_token_attr
+            layers, log_probs, features, prepared, inp, prompt, include_per_token_attr
         )
 
     @classmethod
@@ -194,7 +193,7 @@ class LLMAttentionAttribution(BaseLLMAttribution):
         layers: Sequence[LayerAttention],
         log_probs: Tensor,
         features: Features,
-        tokens: list[str],
+        prepared: Prepared,
         inp: InterpretableInput,
         prompt: Tensor,
         per_token: bool,
@@ -209,7 +208,8 @@ class LLMAttentionAttribution(BaseLLMAttribution):
         names = self.tokenizer.convert_ids_to_tokens(prompt[0].tolist())
         return LLMAttentionAttributionResult(
             input_tokens=features.names,
-            output_tokens=tokens,
+            output_tokens=prepared.output_tokens,
+            output_labels=prepared.output_labels,
             layer_names=[layer.name for layer in layers],
             layer_token_attr=torch.stack(maps) if per_token else None,
             layer_seq_attr=torch.stack(of_span),

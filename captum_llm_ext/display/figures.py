@@ -76,12 +76,12 @@ def widest(labels: Sequence[str]) -> float:
 def add_color_bar(
     figure: Figure, ax: Axes, image: ScalarMappable, scale: ColorScale, name: str
 ) -> None:
-    """A colour bar that fits on a screen, with arrows where values lie beyond its colours."""
+    """A colour bar that fits on a screen, with arrows where a value lies beyond its colours."""
     height = figure.get_size_inches()[1]
     bar = figure.colorbar(
         image,
         ax=ax,
-        extend=("both" if scale.signed else "max") if scale.beyond else "neither",
+        extend=("both" if scale.signed else "max") if scale.is_cut else "neither",
         shrink=min(1.0, 5.0 / height),
         anchor=(0.0, 1.0),
         aspect=20 * min(1.0, max(0.3, height / 5.0)),

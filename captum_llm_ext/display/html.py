@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache, lru_cache
 from html import escape
 from importlib.resources import files
@@ -35,12 +35,19 @@ _FAINTEST = 0.02  # negative values are underlined from this share of the scale 
 class View:
     """The attributions at one position of the slider.
 
-    seq_attr: (n_input,); token_attr: (n_output, n_input), or the first of these rows, or None.
+    seq_attr: (n_input,); token_attr: (n_output, n_input), or the first of these rows, or None;
+    sink: whether the first token may be an attention sink, see `ColorScale.of`.
     """
 
     name: str
     seq_attr: FloatArray
     token_attr: FloatArray | None
+    sink: bool = False
+
+    @property
+    def scale(self) -> ColorScale:
+        """Colours of `seq_attr`."""
+        return ColorScale.of(self.seq_attr, self.sink)
 
     @property
     def rows(self) -> FloatArray:
@@ -65,7 +72,7 @@ def render_view(
         footers: name → a number for each output token, shape (n_output,), or for the sequence,
             shape (1,).
     """
-    scale = ColorScale.of(views[0].seq_attr)
+    scale = views[0].scale
     inputs = _inputs(input_tokens, views[0].seq_attr, scale)
     outputs = _outputs(output_tokens, footers)
     views, note = _views_that_fit(views, _MOST_BYTES - len((inputs + outputs).encode()))
@@ -115,22 +122,13 @@ def _data(view: View) -> dict[str, object]:
     rows = view.rows.astype(np.float64)
     unit = float(np.abs(rows[np.isfinite(rows)]).max(initial=0.0)) or 1.0
     halves = (rows / unit).astype("<f2")
-    tokens = None if view.token_attr is None else _scale_data(ColorScale.of(view.token_attr))
+    of_tokens = None if view.token_attr is None else ColorScale.of(view.token_attr, view.sink)
     return {
         "name": readable_text(view.name, _LONGEST_TOKEN),
         "unit": unit,
-        "sequence": _scale_data(ColorScale.of(view.seq_attr)),
-        "tokens": tokens,
+        "sequence": asdict(view.scale),
+        "tokens": of_tokens and asdict(of_tokens),
         "values": base64.b64encode(halves.tobytes()).decode(),
-    }
-
-
-def _scale_data(scale: ColorScale) -> dict[str, object]:
-    return {
-        "limit": scale.limit,
-        "signed": scale.signed,
-        "beyond": scale.beyond,
-        "decimals": scale.decimals,
     }
 
 
@@ -138,7 +136,7 @@ def _inputs(tokens: Sequence[str], values: FloatArray, scale: ColorScale) -> str
     spans = []
     for text, value, color in zip(_texts(tokens), values, scale.colors(values), strict=True):
         negative = "negative" if value <= -_FAINTEST * scale.limit else ""
-        beyond = "beyond" if np.isfinite(value) and abs(value) > scale.limit else ""
+        beyond = "beyond" if np.isfinite(value) and scale.beyond(value) else ""
         classes = f"{negative} {beyond}".strip()
         class_attribute = f' class="{classes}"' if classes else ""
         style = "background:{};color:{}".format(*_background_and_text(color))
@@ -170,12 +168,13 @@ def _titles(n_output: int, footers: Mapping[str, FloatArray]) -> list[str]:
 def _legend(scale: ColorScale) -> str:
     low = scale.format(-scale.limit) if scale.signed else "0"
     kind = "signed" if scale.signed else "positive"
-    sign, cut = ("" if scale.signed else " hidden"), ("" if scale.beyond else " hidden")
+    sign, cut = ("" if scale.signed else " hidden"), ("" if scale.is_cut else " hidden")
     return (
         f'<span class="low">{low}</span><span class="bar {kind}"></span>'
         f'<span class="high">{scale.format(scale.limit)}</span>'
         f'<span class="sign"{sign}><span class="negative">underlined</span>: negative</span>'
-        f'<span class="cut"{cut}>framed: beyond the colours</span>'
+        f'<span class="cut"{cut}>framed: beyond the colours, '
+        f'<span class="peak">{scale.format(scale.peak)}</span></span>'
     )
 
 
@@ -231,7 +230,7 @@ def _palettes(levels: int) -> dict[str, list[tuple[str, str]]]:
     palettes = {}
     for name, low in {"signed": -1.0, "positive": 0.0}.items():
         values = np.linspace(low, 1.0, levels, dtype=np.float32)
-        colors = ColorScale(1.0, name == "signed", 0).colors(values)
+        colors = ColorScale.of(values).colors(values)
         palettes[name] = [_background_and_text(color) for color in colors]
     return palettes
 

@@ -1,8 +1,11 @@
-"""Names made distinct, and layer names made short."""
+"""Names made distinct or short."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
+
+from captum_llm_ext.inputs.token_text import SPACE_MARK
 
 
 def distinct_names(names: Sequence[str]) -> list[str]:
@@ -19,6 +22,52 @@ def distinct_names(names: Sequence[str]) -> list[str]:
         seen.add(unique)
         distinct.append(unique)
     return distinct
+
+
+def mark_spaces(texts: Sequence[str]) -> list[str]:
+    """Texts whose outer spaces are printed as "␣" where another text differs by these alone.
+
+    >>> mark_spaces(["is", " is", " the"])
+    ['is', '␣is', ' the']
+    """
+    return _told_apart(texts, str.strip, _with_marks, texts)
+
+
+def shortened(texts: Sequence[str], limit: int) -> list[str]:
+    """Texts cut to `limit` characters: at the end, or inside where two would be alike.
+
+    >>> shortened(["The first text", "The first line", "The"], 8)
+    ['The…text', 'The…line', 'The']
+    """
+
+    def cut(text: str) -> str:
+        return text if len(text) <= limit else text[: limit - 1] + "…"
+
+    def cut_inside(text: str) -> str:
+        end = limit // 2
+        return text if len(text) <= limit else f"{text[: limit - end - 1]}…{text[-end:]}"
+
+    return _told_apart(texts, cut, cut_inside, [cut(text) for text in texts])
+
+
+def _told_apart(
+    texts: Sequence[str],
+    looks: Callable[[str], str],
+    otherwise: Callable[[str], str],
+    names: Sequence[str],
+) -> list[str]:
+    """The names, but `otherwise` of texts that look like another text."""
+    alike: dict[str, set[str]] = {}
+    for text in texts:
+        alike.setdefault(looks(text), set()).add(text)
+    return [
+        otherwise(text) if len(alike[looks(text)]) > 1 else name
+        for text, name in zip(texts, names, strict=True)
+    ]
+
+
+def _with_marks(text: str) -> str:
+    return re.sub("^ +| +$", lambda spaces: SPACE_MARK * len(spaces.group()), text)
 
 
 def short_layer_names(names: Sequence[str]) -> list[str]:

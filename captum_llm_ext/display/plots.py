@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from captum_llm_ext.display.figures import (
     LABEL_SIZE,
@@ -19,11 +20,13 @@ from captum_llm_ext.display.figures import (
     open_figure,
     widest,
 )
+from captum_llm_ext.display.names import mark_spaces, shortened
 from captum_llm_ext.display.scale import ColorScale, FloatArray, text_color
 from captum_llm_ext.inputs.token_text import readable_tokens
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.container import BarContainer
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 
@@ -35,40 +38,78 @@ _LOW_CELL = 0.12  # inches
 _LONGEST_LABEL = 28  # characters
 _LONGEST_WRAPPED_LABEL = 16
 _MARGIN = 2.0  # inches for the colour bar and the edges
+_BROKEN_BAR, _BREAK = 1.3, 1.15  # height of a broken bar, and of its gap: limits of the scale
 
 
 def draw_bars(
-    values: FloatArray, tokens: Sequence[str], label: str, ax: Axes | None = None
+    values: FloatArray,
+    tokens: Sequence[str],
+    label: str,
+    ax: Axes | None = None,
+    scale: ColorScale | None = None,
 ) -> tuple[Figure, Axes]:
-    """Bar plot of one value per token; the bar of an outlier is cut and shows its value.
+    """Bar plot of one value per token, which stands at its bar.
+
+    A bar beyond the scale is broken, and so is the axis beside it.
 
     Args:
         values: shape (n_tokens,).
         tokens: entries of the vocabulary, labelled by `readable_tokens`.
         label: what the values are.
         ax: axes to draw into; None (default) for a new figure.
+        scale: where a bar is broken; None (default) for `ColorScale.of(values)`: nowhere.
     """
-    scale = ColorScale.of(values)
+    scale = scale or ColorScale.of(values)
+    beyond, broken = scale.beyond(values), np.copysign(_BROKEN_BAR * scale.limit, values)
     width = axes_size(ax)[0] if ax else min(max(0.4 * len(values) + 1.0, 6.4), LARGEST)
     figure, ax = open_figure(ax, width, 4.8)
     bars = ax.bar(
         range(len(values)),
-        np.clip(np.nan_to_num(values), -scale.limit, scale.limit),
+        np.where(beyond, broken, np.nan_to_num(values)),
         color=np.where(values < 0, "#c0392b", "#2f6db3"),
-        hatch=["//" if abs(value) > scale.limit else "" for value in values],
         edgecolor="white",
     )
     ax.axhline(0.0, color="black", linewidth=0.8)
     ax.spines[["right", "bottom"]].set_visible(False)
     ax.margins(x=0.01, y=0.1)
-    ax.set_ylabel(scale.label(label).replace("colours", "bars"))
-    numbered = width / len(values) > 0.35
-    texts = [
-        scale.format(value) if numbered or abs(value) > scale.limit else "" for value in values
-    ]
-    ax.bar_label(bars, texts, fontsize=LABEL_SIZE, padding=2)
+    ax.set_ylabel(label)
+    _write_values(ax, bars, values, scale, width / len(values))
+    if beyond.any():
+        _break_axis(ax, beyond.nonzero()[0], values, scale.limit)
     _label_columns(ax, _labels(tokens), width)
     return figure, ax
+
+
+def _write_values(
+    ax: Axes, bars: BarContainer, values: FloatArray, scale: ColorScale, per_bar: float
+) -> None:
+    """Write each value at its bar: upright where bars of `per_bar` inches are too narrow."""
+    texts = [scale.format(float(value)) for value in values]
+    upright = per_bar < widest(texts)
+    if per_bar < TEXT_HEIGHT:  # no room but for those that the bars do not show
+        texts = [text if cut else "" for text, cut in zip(texts, scale.beyond(values), strict=True)]
+    ax.bar_label(bars, texts, fontsize=LABEL_SIZE, padding=2, rotation=90 if upright else 0)
+    if upright:
+        ax.margins(y=(widest(texts) + 0.1) / axes_size(ax)[1])
+
+
+def _break_axis(ax: Axes, broken: npt.NDArray[np.intp], values: FloatArray, limit: float) -> None:
+    """Gaps in the broken bars and in the axis beside them, which has no ticks beyond."""
+    ax.set_yticks([tick for tick in ax.get_yticks() if abs(tick) <= limit])
+    for bar in broken:
+        height = np.copysign(_BREAK * limit, values[bar])
+        slant = [height - 0.02 * limit, height + 0.02 * limit]
+        beside = ax.get_yaxis_transform()  # the axis is at 0, whatever the bars
+        mark = np.array([-0.07, 0.07]) / axes_size(ax)[0]
+        for color, thickness in (("black", 6.0), ("white", 4.0)):
+            style: dict[str, Any] = {
+                "color": color,
+                "linewidth": thickness,
+                "solid_capstyle": "butt",
+                "zorder": 3,
+            }
+            ax.plot([bar - 0.48, bar + 0.48], slant, **style)
+            ax.plot(mark, slant, transform=beside, clip_on=False, **style)
 
 
 def draw_heat_map(
@@ -195,8 +236,9 @@ class _Layout:
 
 
 def _labels(tokens: Sequence[str], limit: int = _LONGEST_LABEL) -> list[str]:
-    """Tokens as labels, without the leading space that would shift them."""
-    return [label.strip() for label in readable_tokens(tokens, limit)]
+    """Tokens as labels, without the leading space that would shift them, if it tells none apart."""
+    texts = [text.strip() for text in mark_spaces(readable_tokens(tokens))]
+    return shortened(texts, limit)
 
 
 def _header(columns: Sequence[str]) -> float:

@@ -30,15 +30,22 @@ _LONGEST_TOKEN = 60  # characters
 
 
 def draw_shaded_text(
-    values: FloatArray, tokens: Sequence[str], label: str, ax: Axes | None = None
+    values: FloatArray,
+    tokens: Sequence[str],
+    label: str,
+    ax: Axes | None = None,
+    scale: ColorScale | None = None,
 ) -> tuple[Figure, Axes]:
     """Text of the tokens on colours of their values, for prompts too long for bars.
+
+    A token beyond the colours is framed.
 
     Args:
         values: shape (n_tokens,).
         tokens: entries of the vocabulary, printed by `readable_tokens`.
         label: what the values are.
         ax: axes to draw into; None (default) for a new figure.
+        scale: colours of the values; None (default) for `ColorScale.of(values)`.
     """
     from matplotlib.cm import ScalarMappable
 
@@ -56,12 +63,13 @@ def draw_shaded_text(
     figure, ax = open_figure(ax, width + 1.5, height + 0.4)
     ax.set(xlim=(0, n_columns), ylim=(n_lines, 0))
     ax.axis("off")
-    scale = ColorScale.of(values)
+    scale = scale or ColorScale.of(values)
     add_color_bar(figure, ax, ScalarMappable(scale.norm, scale.colormap), scale, label)
     if not new_figure:
         width, height = axes_size(ax)  # what the colour bar has left of them
     size = 72 * min(0.85 * width / n_columns / _CHARACTER_WIDTH, height / n_lines / 1.3)
-    _draw_tokens(ax, texts, positions, scale.colors(values), size)
+    frames = np.where(scale.beyond(values), "black", "none").tolist()
+    _draw_tokens(ax, texts, positions, scale.colors(values), frames, size)
     return figure, ax
 
 
@@ -88,6 +96,7 @@ def _draw_tokens(
     texts: Sequence[str],
     positions: Sequence[tuple[int, int]],
     colors: npt.NDArray[np.float64],
+    frames: Sequence[str],
     size: float,
 ) -> None:
     from matplotlib.collections import PatchCollection
@@ -97,7 +106,7 @@ def _draw_tokens(
         Rectangle((column, line + 0.06), _width(text), 0.88)
         for text, (line, column) in zip(texts, positions, strict=True)
     ]
-    ax.add_collection(PatchCollection(boxes, facecolors=colors, edgecolors="none"))
+    ax.add_collection(PatchCollection(boxes, facecolors=colors, edgecolors=frames))
     style = label_style(monospace=True) | {"fontsize": size, "va": "center"}
     for text, (line, column), color in zip(texts, positions, colors, strict=True):
         ax.text(column, line + 0.5, text, color=text_color(color), **style)

@@ -15,6 +15,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
+from captum_llm_ext.display.names import mark_spaces, shortened
 from captum_llm_ext.display.scale import ColorScale, FloatArray, text_color
 from captum_llm_ext.inputs.token_text import readable_tokens
 
@@ -35,6 +36,7 @@ class AttributionText:
         token_attr: shape (n_output, n_input), or None (default) for the sequence alone.
         footers: further rows, name → numbers below the output columns, shape (n_output,), or below
             the sequence column, shape (1,).
+        sink: whether the first token may be an attention sink; see `ColorScale.of`.
     """
 
     def __init__(
@@ -45,15 +47,18 @@ class AttributionText:
         seq_attr: FloatArray,
         token_attr: FloatArray | None = None,
         footers: dict[str, FloatArray] | None = None,
+        sink: bool = False,
     ) -> None:
         self.title = title
         self.tokens = readable_tokens(input_tokens)
+        self.labels = shortened(self.tokens, _LONGEST_LABEL)
         self.headings = ["sequence"]
         self.columns = [seq_attr]
         if token_attr is not None:
-            self.headings += readable_tokens(output_tokens, _LONGEST_HEADING)
+            headings = [text.strip() for text in mark_spaces(readable_tokens(output_tokens))]
+            self.headings += shortened(headings, _LONGEST_HEADING)
             self.columns += list(token_attr)
-        self.footers = footers or {}
+        self.footers, self.sink = footers or {}, sink
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield Text(self.title, style="bold")
@@ -68,7 +73,7 @@ class AttributionText:
             yield from self._tables(options.max_width, np.arange(len(self.tokens)), numbered=False)
 
     def _shaded_text(self) -> Text:
-        scale = ColorScale.of(self.columns[0])
+        scale = ColorScale.of(self.columns[0], self.sink)
         text = Text()
         for token, color in zip(self.tokens, scale.colors(self.columns[0]), strict=True):
             text.append(token, _style(color))
@@ -83,7 +88,7 @@ class AttributionText:
         """Tables one below the other, each of as many columns as fit into the width."""
         columns = [self._cells(column) for column in range(len(self.columns))]
         widths = [_PADDING + max(map(_cell_width, cells)) for cells in columns]
-        labels = [*(self.tokens[row] for row in rows), *self.footers]
+        labels = [*(self.labels[row] for row in rows), *self.footers]
         width -= min(_LONGEST_LABEL, max(map(cell_len, labels))) + _PADDING
         width -= (len(str(len(self.tokens))) + _PADDING) if numbered else 0
         for block in _blocks(widths, width):
@@ -94,7 +99,7 @@ class AttributionText:
         """Heading, cell of each input token and footers of one column."""
         values = self.columns[column]
         # the sequence is the sum of the tokens, so that its scale is another
-        scale = ColorScale.of(values if column == 0 else np.stack(self.columns[1:]))
+        scale = ColorScale.of(values if column == 0 else np.stack(self.columns[1:]), self.sink)
         cells = [
             Text(scale.format(float(value)), _style(color))
             for value, color in zip(values, scale.colors(values), strict=True)
@@ -114,7 +119,7 @@ class AttributionText:
             table.add_column(cells[0], justify="right", no_wrap=True, min_width=width)
         for row in rows:
             number = [Text(str(row))] if numbered else []
-            table.add_row(*number, Text(self.tokens[row]), *(cells[1 + row] for cells in columns))
+            table.add_row(*number, Text(self.labels[row]), *(cells[1 + row] for cells in columns))
         for row, name in enumerate(self.footers, start=1 + len(self.tokens)):
             values = [cells[row] for cells in columns]
             if any(values):

@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Collection, Sequence
 
-from captum_llm_ext.inputs.token_text import token_texts
+from captum_llm_ext.inputs.token_text import in_word, token_texts
 
-# Scripts written without spaces: each token stays a word.
-_UNSPACED = re.compile(
-    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u30ff\u3400-\u9fff\uf900-\ufaff"
-    "\U00020000-\U0003ffff]"
-)
 _WORD = re.compile(" ?w+(?:'w+)*")  # the space can be a token by itself
 
 
@@ -59,5 +53,4 @@ def _kind(character: str) -> str:
     """ "w" for a character of words, "'" for an apostrophe, " " for a space, "." for others."""
     if character in "'’ ":
         return character.replace("’", "'")
-    in_word = unicodedata.category(character)[0] in "LMN" or character in "_\u200c\u200d"
-    return "w" if in_word and not _UNSPACED.match(character) else "."
+    return "w" if in_word(character) or character in "_\u200c\u200d" else "."

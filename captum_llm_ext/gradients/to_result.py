@@ -27,6 +27,7 @@ def to_result(
     layer_mode: str,
     keep_hidden: bool,
     output_tokens: list[str],
+    output_labels: list[str] | None,
     inp: InterpretableInput,
 ) -> LLMAttributionResult:
     """The result of one layer, or of several."""
@@ -35,6 +36,7 @@ def to_result(
     shared: dict[str, Any] = {
         "input_tokens": names,
         "output_tokens": output_tokens,
+        "output_labels": output_labels,
         "norm": attributions[0].norm,
         "inp": inp,
     }

@@ -263,6 +263,7 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
                 layer_mode,
                 include_hidden_attr,
                 prepared.output_tokens,
+                prepared.output_labels,
                 with_named_baseline(inp, absent),
             )
 

@@ -6,6 +6,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -13,9 +14,17 @@ from torch import Tensor, nn
 
 from captum_llm_ext.compat import DEFAULT_GEN_ARGS, _convert_ids_to_pretty_tokens
 from captum_llm_ext.inputs.baselines import token_ids
-from captum_llm_ext.inputs.token_text import readable_token
+from captum_llm_ext.inputs.token_text import (
+    are_cut_off,
+    in_word,
+    readable_token,
+    readable_tokens,
+)
+from captum_llm_ext.warning import warn
 
 GRADIENT_TARGETS = ("log_prob", "prob", "logit")
+JOINED = "\u203f"  # an undertie, before a target that goes on with the prompt's last word
+_LAST_TOKENS = 16  # of the prompt: a word has fewer
 PERTURBATION_TARGETS = (*GRADIENT_TARGETS, "rank")
 
 # Inputs of a model, which its scores would not see; the settings of `generate` are others.
@@ -241,10 +250,73 @@ def output_tokens(ids: Tensor, tokenizer: Any) -> list[str]:
 
 
 def captum_labels(ids: Tensor, tokenizer: Any) -> list[str]:
-    """The target tokens as Captum shows them, or as the vocabulary has them where Captum fails."""
+    """The target tokens as Captum shows them.
+
+    Where Captum cannot, as the vocabulary has them: where a character is cut off, its tokens alone.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return list(_convert_ids_to_pretty_tokens(ids.cpu(), tokenizer))
     except Exception:  # Captum re-encodes the decoded text, and some tokenizers cannot
-        return [str(token) for token in tokenizer.convert_ids_to_tokens(ids.tolist())]
+        labels = [str(token) for token in tokenizer.convert_ids_to_tokens(ids.tolist())]
+    cut_off = are_cut_off(labels)
+    if any(cut_off):
+        for in_pieces, run in groupby(range(len(labels)), cut_off.__getitem__):
+            at = list(run)
+            if not in_pieces:
+                labels[at[0] : at[-1] + 1] = captum_labels(ids[at], tokenizer)
+    return labels
+
+
+def output_labels(prompt: Tensor, ids: Tensor, tokenizer: Any) -> list[str]:
+    """Names of the target tokens (n_output,) in tables and plots, with their spaces.
+
+    A first token that goes on with the last word of the prompt (1, n_prompt) begins with "‿".
+    """
+    labels = readable_tokens(tokenizer.convert_ids_to_tokens(ids.tolist()))
+    if torn_word(prompt, ids, tokenizer):
+        labels[0] = JOINED + labels[0]
+    return labels
+
+
+def torn_word(prompt: Tensor, ids: Tensor, tokenizer: Any) -> tuple[str, str] | None:
+    """The ends of the word that begins in the prompt (1, n_prompt) and goes on in a target.
+
+    None where there is a space, punctuation, a special token or a script without spaces between.
+    """
+    special = set(getattr(tokenizer, "all_special_ids", ()))
+    last: list[int] = []
+    for token in reversed(prompt[0, -_LAST_TOKENS:].tolist()):
+        if token in special:
+            break
+        last.insert(0, token)
+    before, both = tokenizer.decode(last), tokenizer.decode([*last, *ids.tolist()])
+    after = both[len(before) :]
+    if not (before and after and both.startswith(before)):
+        return None
+    if not (in_word(before[-1]) and in_word(after[0])):
+        return None
+    return before.split()[-1], after.split()[0]
+
+
+def warn_of_torn_word(prompt: Tensor, target: str, tokenizer: Any, name: str = "target") -> None:
+    """Warn where a target in words goes on with the last word of the prompt (1, n_prompt).
+
+    Digits go on with a number without a warning, if the tokenizer cuts the number there too.
+    """
+    ids = encode_target(tokenizer, target)
+    word = torn_word(prompt, ids, tokenizer)
+    if word is None:
+        return
+    start, rest = word
+    if start[-1].isdigit() and rest[0].isdigit():
+        whole, *parts = (
+            tokenizer.encode(text, add_special_tokens=False) for text in (start + rest, start, rest)
+        )
+        if whole == [*parts[0], *parts[1]]:
+            return
+    warn(
+        f"no space stands between the prompt and the {name}, so it is scored as the end of "
+        f"{start + rest!r}: if it is a word of its own, begin it with a space, {' ' + rest!r}"
+    )

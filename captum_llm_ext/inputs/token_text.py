@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import codecs
 import re
+import unicodedata
 from collections.abc import Sequence
 from functools import lru_cache
 
 SPACE_MARK = "\u2423"  # an open box, printed for a space
 SAME_CHARACTER = "\u22ef"  # printed for a token that continues the character of the token before it
 _SENTENCEPIECE_SPACE = "\u2581"
+# Scripts written without spaces.
+_UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u30ff\u3400-\u9fff\uf900-\ufaff"
+    "\U00020000-\U0003ffff]"
+)
 _SENTENCEPIECE_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _MOST_SHARING = 16  # longest run of tokens that share characters; a character has at most four
 
@@ -46,6 +52,27 @@ def token_texts(tokens: Sequence[object]) -> list[str]:
         following = [str(token) for token in tokens[len(texts) : len(texts) + _MOST_SHARING]]
         texts += _shared_text(following) or [token_text(following[0])]
     return texts
+
+
+def in_word(character: str) -> bool:
+    """Whether a character is a letter or digit of a script that parts words by spaces.
+
+    >>> in_word("é"), in_word("4"), in_word("."), in_word("京")
+    (True, True, False, False)
+    """
+    return unicodedata.category(character)[0] in "LMN" and not _UNSPACED.match(character)
+
+
+def are_cut_off(tokens: Sequence[str]) -> list[bool]:
+    """Whether each token holds a part of a character whose other bytes are missing.
+
+    >>> are_cut_off(["ĠðŁ", "ĺ", "Ģ", "Ġa", "ãģ"])
+    [False, False, False, False, True]
+    """
+    return [
+        bool(text) and text == token_text(token) and not _is_whole(token)
+        for text, token in zip(token_texts(tokens), tokens, strict=True)
+    ]
 
 
 def readable_token(token: object, limit: int | None = None) -> str:
@@ -105,6 +132,14 @@ def _token_bytes(token: str) -> bytes | None:
     if all(character in alphabet for character in token):
         return bytes(alphabet[character] for character in token)
     return None
+
+
+def _is_whole(token: str) -> bool:
+    try:
+        (_token_bytes(token) or b"").decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _shared_text(tokens: Sequence[str]) -> list[str] | None:

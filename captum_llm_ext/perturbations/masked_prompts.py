@@ -73,6 +73,10 @@ class MaskedPrompts:
         return self.scorer.prepared.output_tokens
 
     @property
+    def output_labels(self) -> list[str] | None:
+        return self.scorer.prepared.output_labels
+
+    @property
     def n_columns(self) -> int:
         """The sequence and each target token."""
         return 1 + len(self.scorer.target)
@@ -124,6 +128,7 @@ class MaskedPicture:
     output_tokens: list[str]
     n_columns: int
     device: torch.device
+    output_labels: list[str] | None = None
 
     def drawn(self) -> MaskedPicture:
         return self

@@ -267,6 +267,7 @@ class LLMAttribution(CaptumLLMAttribution):
             token_attr=attr[1:] if len(attr) > 1 else None,
             input_tokens=list(inp.values),
             output_tokens=masked.output_tokens,
+            output_labels=masked.output_labels,
             inp=masked.inp,
         )
 

@@ -59,6 +59,10 @@ class LLMAttentionAttributionResult(LLMLayerAttributionResult):
         layer_seq_attr: shape (n_layers, n_input), of the whole target; None (default) for the mean
             over its tokens.
         inp: the attributed interpretable input, or None (default).
+        output_labels: names of the output tokens in tables and plots, which keep leading spaces;
+            None (default) for `output_tokens`.
+        starts_prompt: whether the first input token is the first token of the prompt, where
+            attention sinks are; None (default) for what `inp` says, False without it.
 
     Raises:
         ValueError: a shape does not fit, or the reduction is unknown.
@@ -95,6 +99,8 @@ class LLMAttentionAttributionResult(LLMLayerAttributionResult):
         output_probs: npt.ArrayLike | None = None,
         layer_seq_attr: npt.ArrayLike | None = None,
         inp: InterpretableInput | None = None,
+        output_labels: list[str] | None = None,
+        starts_prompt: bool | None = None,
     ) -> None:
         if reduction not in OVER_LAYERS:
             raise ValueError(
@@ -118,6 +124,8 @@ class LLMAttentionAttributionResult(LLMLayerAttributionResult):
             layer_token_attr=layer_token_attr,
             output_probs=output_probs,
             inp=inp,
+            output_labels=output_labels,
+            starts_prompt=starts_prompt,
         )
         if self.token_attr is not None and reduction not in SPANS:
             self.seq_attr = self.token_attr.mean(0)
@@ -154,8 +162,9 @@ class LLMAttentionAttributionResult(LLMLayerAttributionResult):
         Args:
             show: True shows the plot and returns None; False (default) returns (figure, axes).
             ax: axes to draw into; None (default) for a new figure.
-            normalize: divide each layer by its largest value, outliers excluded (default False,
-                since the attention of different layers can be compared).
+            normalize: divide each layer by its largest value, but for an attention sink at the
+                first token (default False, since the attention of different layers can be
+                compared).
             merge: "word" or spans to `merge` first; None (default) for tokens.
         """
         return super().plot_layer_attr(show, ax, normalize, merge)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from captum_llm_ext.display import (
     AttributionText,
+    ColorScale,
     View,
     draw_bars,
     draw_heat_map,
@@ -36,6 +37,8 @@ class DisplayMixin:
     input_tokens: list[str]
     output_tokens: list[str]
     score_path: Tensor | None
+    output_labels: list[str] | None
+    starts_prompt: bool
 
     if TYPE_CHECKING:
 
@@ -62,7 +65,9 @@ class DisplayMixin:
         """
         result = self._merged(merge)
         draw = draw_bars if len(result.input_tokens) <= _MOST_BARS else draw_shaded_text
-        drawn = draw(array(result.seq_attr), result.input_tokens, "Sequence Attribution", ax)
+        values = array(result.seq_attr)
+        scale = ColorScale.of(values, self.starts_prompt)
+        drawn = draw(values, result.input_tokens, "Sequence Attribution", ax, scale)
         return return_or_show(drawn, show)
 
     def plot_token_attr(
@@ -84,8 +89,9 @@ class DisplayMixin:
                 "token_attr is None, since only the sequence was attributed: use plot_seq_attr, "
                 "or attribute with include_per_token_attr=True"
             )
-        values, rows = array(result.token_attr), result.output_tokens
-        drawn = draw_heat_map(values, rows, result.input_tokens, "Token Attribution", ax)
+        values, rows = array(result.token_attr), result._labels
+        scale = ColorScale.of(values, self.starts_prompt)
+        drawn = draw_heat_map(values, rows, result.input_tokens, "Token Attribution", ax, scale)
         return return_or_show(drawn, show)
 
     def plot_path(self, show: bool = False, ax: Axes | None = None) -> tuple[Figure, Axes] | None:
@@ -165,12 +171,12 @@ class DisplayMixin:
 
     def _view(self) -> str:
         return render_view(
-            self._title(), self.input_tokens, self.output_tokens, self._views(), self._footers()
+            self._title(), self.input_tokens, self._labels, self._views(), self._footers()
         )
 
     def _views(self) -> list[View]:
         token_attr = None if self.token_attr is None else array(self.token_attr)
-        return [View("", array(self.seq_attr), token_attr)]
+        return [View("", array(self.seq_attr), token_attr, self.starts_prompt)]
 
     def _footers(self) -> dict[str, FloatArray]:
         footers = {"log probability": self.output_probs, "convergence delta": self._footer_delta()}
@@ -180,11 +186,17 @@ class DisplayMixin:
         return AttributionText(
             self._title(),
             self.input_tokens,
-            self.output_tokens,
+            self._labels,
             array(self.seq_attr),
             None if self.token_attr is None else array(self.token_attr),
             self._footers(),
+            self.starts_prompt,
         )
+
+    @property
+    def _labels(self) -> list[str]:
+        """Names of the output tokens."""
+        return self.output_labels or self.output_tokens
 
     def _footer_delta(self) -> Tensor | None:
         return self.convergence_delta

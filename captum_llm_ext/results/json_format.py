@@ -121,6 +121,10 @@ _FLAG = _optional(_plain(bool, "true, false or null"))
 _TENSOR = Field(_write_tensor, _read_tensor)
 _MAYBE_TENSOR = _optional(_TENSOR)
 
+_OF_DISPLAY = {
+    "output_labels": replace(_optional(_TEXTS), added=True),
+    "starts_prompt": replace(_FLAG, added=True),
+}
 _OF_EVERY_RESULT = {
     "input_tokens": _TEXTS,
     "output_tokens": _TEXTS,
@@ -129,7 +133,7 @@ _OF_EVERY_RESULT = {
     "output_probs": _MAYBE_TENSOR,
     "convergence_delta": _MAYBE_TENSOR,
     "norm": _optional(_TEXT),
-}
+} | _OF_DISPLAY
 _OF_ONE_LAYER = _OF_EVERY_RESULT | {
     "hidden_attr": _MAYBE_TENSOR,
     "score_path": _MAYBE_TENSOR,
@@ -164,7 +168,8 @@ FIELDS: dict[str, dict[str, Field]] = {
         "prompt_attention": _MAYBE_TENSOR,
         "prompt_tokens": _optional(_TEXTS),
         "output_probs": _MAYBE_TENSOR,
-    },
+    }
+    | _OF_DISPLAY,
 }
 
 

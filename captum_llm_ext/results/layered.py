@@ -11,7 +11,13 @@ import numpy.typing as npt
 from captum.attr import InterpretableInput
 from torch import Tensor
 
-from captum_llm_ext.display import View, draw_heat_map, relative_to_rows, short_layer_names
+from captum_llm_ext.display import (
+    ColorScale,
+    View,
+    draw_heat_map,
+    relative_to_rows,
+    short_layer_names,
+)
 from captum_llm_ext.results.display_mixin import return_or_show
 from captum_llm_ext.results.frames import layered_frame
 from captum_llm_ext.results.merge import Spans
@@ -60,6 +66,10 @@ class LLMLayerAttributionResult(LLMAttributionResult, Mapping[str, LLMAttributio
             shape (2, n_points), or None (default).
         norm: "l1", "l2" or "linf" where values are norms of gradients; None (default) where values
             are attributions that add up.
+        output_labels: names of the output tokens in tables and plots, which keep leading spaces;
+            None (default) for `output_tokens`.
+        starts_prompt: whether the first input token is the first token of the prompt, where
+            attention sinks are; None (default) for what `inp` says, False without it.
 
     Raises:
         ValueError: a shape does not fit the tokens and layers, or a name comes twice.
@@ -97,6 +107,8 @@ class LLMLayerAttributionResult(LLMAttributionResult, Mapping[str, LLMAttributio
         layer_converged: Sequence[bool | None] | None = None,
         norm: str | None = None,
         layer_score_paths: Sequence[Tensor | None] | None = None,
+        output_labels: list[str] | None = None,
+        starts_prompt: bool | None = None,
     ) -> None:
         self.layer_names = _distinct_layer_names(layer_names)
         n_layers = len(self.layer_names)
@@ -126,6 +138,8 @@ class LLMLayerAttributionResult(LLMAttributionResult, Mapping[str, LLMAttributio
             converged=all(converged) if converged else None,
             norm=norm,
             score_path=_common_path(self.layer_score_paths),
+            output_labels=output_labels,
+            starts_prompt=starts_prompt,
         )
         rows = layers if layer_mode == "independent" else {}
         self.convergence_delta = optional_tensor(
@@ -162,6 +176,8 @@ class LLMLayerAttributionResult(LLMAttributionResult, Mapping[str, LLMAttributio
             converged=self.layer_converged[index],
             norm=self.norm,
             score_path=self.layer_score_paths[index],
+            output_labels=self.output_labels,
+            starts_prompt=self.starts_prompt,
         )
 
     def __iter__(self) -> Iterator[str]:
@@ -185,15 +201,16 @@ class LLMLayerAttributionResult(LLMAttributionResult, Mapping[str, LLMAttributio
         Args:
             show: True shows the plot and returns None; False (default) returns (figure, axes).
             ax: axes to draw into; None (default) for a new figure.
-            normalize: divide each layer by its largest absolute value, outliers excluded (default
-                True, since layers differ by orders of magnitude).
+            normalize: divide each layer by its largest absolute value, but for an attention sink
+                at the first token (default True, since layers differ by orders of magnitude).
             merge: "word" or spans to `merge` first; None (default) for tokens.
         """
         result = self._merged(merge)
-        values, label, scale = array(result.layer_seq_attr), "Sequence Attribution", None
+        values, label = array(result.layer_seq_attr), "Sequence Attribution"
+        scale = ColorScale.of(values, self.starts_prompt)
         if normalize:
-            values, scale = relative_to_rows(values)
-            label += " / largest of the layer, outliers excluded"
+            values, scale = relative_to_rows(values, self.starts_prompt)
+            label += " / largest of the layer"
         names = short_layer_names(self.layer_names)
         drawn = draw_heat_map(values[::-1], names[::-1], result.input_tokens, label, ax, scale)
         return return_or_show(drawn, show)

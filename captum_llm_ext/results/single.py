@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from captum.attr import InterpretableInput
+from captum.attr import InterpretableInput, TextTokenInput
 from captum.attr import LLMAttributionResult as CaptumLLMAttributionResult
 from torch import Tensor
 
@@ -18,6 +18,7 @@ from captum_llm_ext.results.json_format import fields_of
 from captum_llm_ext.results.merge import Spans, merged_fields
 from captum_llm_ext.results.values import (
     array,
+    checked_labels,
     checked_norm,
     checked_tensor,
     equal,
@@ -55,6 +56,10 @@ class LLMAttributionResult(DisplayMixin, ExportMixin, CaptumLLMAttributionResult
             (default); see `plot_path`.
         norm: "l1", "l2" or "linf" where values are norms of gradients; None (default) where values
             are attributions that add up.
+        output_labels: names of the output tokens in tables and plots, which keep leading spaces;
+            None (default) for `output_tokens`.
+        starts_prompt: whether the first input token is the first token of the prompt, where
+            attention sinks are; None (default) for what `inp` says, False without it.
 
     Raises:
         ValueError: a shape does not fit the tokens, or the norm is unknown.
@@ -91,6 +96,8 @@ class LLMAttributionResult(DisplayMixin, ExportMixin, CaptumLLMAttributionResult
         converged: bool | None = None,
         norm: str | None = None,
         score_path: Tensor | None = None,
+        output_labels: list[str] | None = None,
+        starts_prompt: bool | None = None,
     ) -> None:
         self.n_evaluations, self.converged, self.norm = n_evaluations, converged, checked_norm(norm)
         super().__init__(
@@ -102,6 +109,8 @@ class LLMAttributionResult(DisplayMixin, ExportMixin, CaptumLLMAttributionResult
             inp=inp,
         )
         n_output = len(self.output_tokens)
+        self.output_labels = checked_labels(output_labels, n_output)
+        self.starts_prompt = _starts_prompt(inp) if starts_prompt is None else starts_prompt
         self.convergence_delta = optional_tensor(
             "convergence_delta", convergence_delta, {"n_output": n_output}, {"sequence": 1}
         )
@@ -200,3 +209,9 @@ class LLMAttributionResult(DisplayMixin, ExportMixin, CaptumLLMAttributionResult
         inputs = {"n_input": len(self.input_tokens), "hidden": None}
         outputs = {"n_output": len(self.output_tokens)}
         return optional_tensor(name, hidden_attr, outputs | inputs, {"sequence": 1} | inputs)
+
+
+def _starts_prompt(inp: InterpretableInput | None) -> bool:
+    """Whether the first feature of an input is the first token of its prompt."""
+    mask = getattr(inp, "itp_mask", None)
+    return isinstance(inp, TextTokenInput) and (mask is None or bool(mask[0, 0]))

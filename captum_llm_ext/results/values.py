@@ -57,6 +57,18 @@ def checked_norm(norm: str | None) -> str | None:
     return norm
 
 
+def checked_labels(labels: Sequence[str] | None, n_output: int) -> list[str] | None:
+    if labels is None:
+        return None
+    listed = token_list("output_labels", labels)
+    if len(listed) != n_output:
+        raise ValueError(
+            f"output_labels: expected one for each of {count(n_output, 'output token')}, got "
+            f"{len(listed)}"
+        )
+    return listed
+
+
 def count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 

@@ -32,13 +32,14 @@ FEWEST_REUSED = 8  # a shorter prefix costs more to keep than to compute again
 class Prepared:
     """A request that is ready to be scored.
 
-    output_tokens: names of the target's tokens; probe: the pass that was scored to probe the
-    model, once it is; causal: whether one pass scores all target tokens.
+    output_tokens, output_labels: names of the target's tokens, see `Task`; probe: the pass that was
+    scored to probe the model, once it is; causal: whether one pass scores all target tokens.
     """
 
     task: Task
     forcing: TeacherForcing
     output_tokens: list[str]
+    output_labels: list[str] | None = None
     probe: Pass | None = None
     causal: bool = True
 
@@ -98,7 +99,8 @@ def prepare(
     check_context(forcing)
     if task.name == CAUSAL:
         warn_of_ended_prompt(inp, prompt, tokenizer)
-    return Prepared(task, forcing, task.output_tokens(forcing, tokenizer))
+    names = task.output_tokens(forcing, tokenizer), task.output_labels(forcing, tokenizer)
+    return Prepared(task, forcing, *names)
 
 
 def keeps_cache(model: nn.Module) -> bool:

@@ -20,7 +20,9 @@ from captum_llm_ext.inputs.targets import (
     contrast_ids,
     encode_target,
     generated_ids,
+    output_labels,
     output_tokens,
+    warn_of_torn_word,
     without_tokens,
 )
 from captum_llm_ext.model.adapter import CAUSAL, QA, SEQ2SEQ, kind_of
@@ -63,13 +65,17 @@ class Task:
 
     name: "causal", "seq2seq" or "qa"; teacher_forcing: from model, tokenizer, prompt ids
     (1, n_prompt) and request to the pass that scores it, whose row begins with the prompt's ids;
-    output_tokens: the names of the target's tokens; perturbed: the input that perturbation asks
+    output_tokens: the target's tokens as Captum names them; output_labels: as tables and plots
+    name them, None for the same; perturbed: the input that perturbation asks
     for masked prompts.
     """
 
     name: str
     teacher_forcing: Callable[[nn.Module, Any, Tensor, Request], TeacherForcing]
     output_tokens: Callable[[TeacherForcing, Any], list[str]]
+    output_labels: Callable[[TeacherForcing, Any], list[str] | None] = lambda forcing, tokenizer: (
+        None
+    )
     perturbed: Callable[[InterpretableInput, Any], InterpretableInput] = lambda inp, tokenizer: inp
 
 
@@ -81,6 +87,9 @@ def task_of(model: nn.Module) -> Task:
 
 def _causal(model: nn.Module, tokenizer: Any, prompt: Tensor, request: Request) -> TeacherForcing:
     """The target follows the prompt."""
+    for name, text in (("target", request.target), ("contrast target", request.contrast)):
+        if isinstance(text, str):
+            warn_of_torn_word(prompt, text, tokenizer, name)
     return TeacherForcing(model, prompt, _target(model, tokenizer, prompt, request))
 
 
@@ -225,6 +234,10 @@ def _token_names(forcing: TeacherForcing, tokenizer: Any) -> list[str]:
     return output_tokens(forcing.target.ids, tokenizer)
 
 
+def _labels(forcing: TeacherForcing, tokenizer: Any) -> list[str]:
+    return output_labels(forcing.prompt_ids, forcing.target.ids, tokenizer)
+
+
 def _ends(forcing: TeacherForcing, tokenizer: Any) -> list[str]:
     tokens = output_tokens(forcing.prompt_ids[0, forcing.target.ids], tokenizer)
     return [f"{end}: {token}" for end, token in zip(("start", "end"), tokens, strict=True)]
@@ -233,8 +246,8 @@ def _ends(forcing: TeacherForcing, tokenizer: Any) -> list[str]:
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        Task(CAUSAL, _causal, _token_names),
+        Task(CAUSAL, _causal, _token_names, _labels),
         Task(SEQ2SEQ, _seq2seq, _token_names),
-        Task(QA, _qa, _ends, with_fixed_positions),
+        Task(QA, _qa, _ends, perturbed=with_fixed_positions),
     )
 }

@@ -104,9 +104,16 @@ def test_without_scripts_the_prompt_has_the_colours_of_the_plots():
 
 def test_signs_and_outliers_show_without_colour():
     values = [100.0, 3.0, -2.0, 1.0, -0.001]
-    result = LLMAttributionResult(input_tokens=WORDS, output_tokens=["a"], seq_attr=values)
-    classes = [span.get("class") for span in Page(result.to_html()).shaded]
+    result = LLMAttributionResult(
+        input_tokens=WORDS, output_tokens=["a"], seq_attr=values, starts_prompt=True
+    )
+    html = result.to_html()
+    classes = [span.get("class") for span in Page(html).shaded]
     assert classes == ["beyond", None, "negative", None, None]
+    assert 'framed: beyond the colours, <span class="peak">100.00</span>' in html
+    result.starts_prompt = False
+    classes = [span.get("class") for span in Page(result.to_html()).shaded]
+    assert classes == [None, None, "negative", None, None]
 
 
 def test_the_values_are_there_to_three_digits_and_more():

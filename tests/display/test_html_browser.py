@@ -225,13 +225,16 @@ def test_an_emoji_of_several_tokens_and_newlines(open_html):
 
 def test_signs_are_seen_without_colour(open_html):
     values = torch.tensor([100.0, 3.0, -2.0, 1.0, -1.5])
-    result = LLMAttributionResult(input_tokens=WORDS, output_tokens=["a"], seq_attr=values)
+    result = LLMAttributionResult(
+        input_tokens=WORDS, output_tokens=["a"], seq_attr=values, starts_prompt=True
+    )
     page = open_html(result.to_html())
     lines = page.all(INPUTS, "getComputedStyle(e).textDecorationLine")
     assert [line == "underline" for line in lines] == (values < 0).tolist()
     assert page.all(INPUTS, "getComputedStyle(e).outlineStyle")[0] == "solid"
     assert page.page.is_visible("text=negative")
     assert page.page.is_visible("text=beyond the colours")
+    assert page.page.inner_text(".peak") == "100.00"
 
 
 def test_values_of_one_sign_have_no_legend_for_the_other(open_html):

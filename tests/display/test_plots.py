@@ -100,20 +100,45 @@ def test_scale_of_values_that_are_not_negative_is_sequential_from_white():
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
-@pytest.mark.parametrize("position", [0, 3])
-def test_a_dominant_token_does_not_flatten_the_others(sign, position):
-    row = np.array([3.0, 2.0, 1.0, 2.5, 0.5])
-    row[position] = 100.0 * sign
-    scale = ColorScale.of(row)
-    assert scale.limit == np.sort(np.abs(row))[-2]
-    assert scale.beyond == 1
-    assert "1 beyond" in scale.label("Attribution")
+def test_an_attention_sink_does_not_flatten_the_other_tokens(sign):
+    row = np.array([100.0 * sign, 2.0, 1.0, 2.5, 0.5])
+    scale = ColorScale.of(row, sink=True)
+    assert (scale.limit, scale.peak, scale.is_cut) == (2.5, 100.0 * sign, True)
+    assert scale.beyond(row).tolist() == [True, False, False, False, False]
+    assert f"the first token reaches {100 * sign:.2f}" in scale.label("Attribution")
+
+
+@pytest.mark.parametrize("sink", [False, True])
+def test_a_value_that_is_the_answer_is_never_cut(sink):
+    passages = np.array([0.4, 0.3, 7.92, 0.2, 1.0, 0.6, 0.1, 0.3, 0.5, 1.82])
+    scale = ColorScale.of(passages, sink)
+    assert (scale.limit, scale.is_cut, scale.label("Attribution")) == (7.92, False, "Attribution")
+    large, small = scale.colors(passages)[[2, 9], :3].sum(axis=1)
+    assert small - large > 1.0
+
+
+@pytest.mark.parametrize("n_tokens", [5, 60, 600])
+@pytest.mark.parametrize("position", [0, 1, -1])
+def test_only_the_first_token_of_a_prompt_can_be_cut(n_tokens, position):
+    row = np.abs(values(n_tokens))
+    row[position] = 1000.0
+    assert ColorScale.of(row, sink=True).is_cut == (position == 0)
+    assert not ColorScale.of(row).is_cut
+    several = np.stack([row / 2, row])
+    assert ColorScale.of(several, sink=True).limit == ColorScale.of(row, sink=True).limit
+
+
+@pytest.mark.parametrize("sink", [False, True])
+def test_the_numbers_of_small_values_stay_apart_beside_a_large_one(sink):
+    row = np.array([0.02, 0.03, 0.01, 1234.0, 0.025])
+    scale = ColorScale.of(row, sink)
+    assert [scale.format(value) for value in row[:3]] == ["0.0200", "0.0300", "0.0100"]
 
 
 def test_without_a_dominant_token_no_value_lies_beyond_the_colours():
     saliency = np.array([80.8, 61.4, 17.6, 26.4, 10.7])
-    scale = ColorScale.of(saliency)
-    assert (scale.limit, scale.beyond, scale.label("Attribution")) == (80.8, 0, "Attribution")
+    scale = ColorScale.of(saliency, sink=True)
+    assert (scale.limit, scale.is_cut, scale.label("Attribution")) == (80.8, False, "Attribution")
 
 
 @pytest.mark.parametrize("row", [[0.0] * 5, [np.nan] * 5, [np.inf, 0.0], [0.0] * 5 + [2.0]])
@@ -130,23 +155,85 @@ def test_scale_of_degenerate_values_has_a_positive_finite_limit(row):
      (12345.0, 7.2, "7")],
 )  # fmt: skip
 def test_numbers_have_the_decimals_of_the_scale(limit, value, text):
-    assert ColorScale(limit, True, 0).format(value) == text
+    assert ColorScale.of(np.array([limit, value])).format(value) == text
 
 
 def test_rows_relative_to_their_largest_value():
     rows = np.array([[1, -2, 3, 4, 1], [1e4, 1e4, 2e4, -4e4, 1e9]], dtype=np.float32)
     relative, scale = relative_to_rows(rows)
     np.testing.assert_allclose(relative[0], rows[0] / 4)
-    np.testing.assert_allclose(relative[1], rows[1] / 4e4)  # the last token is dominant
-    assert (scale.limit, scale.beyond) == (1.0, 1)
+    np.testing.assert_allclose(relative[1], rows[1] / 1e9)
+    assert (scale.limit, scale.is_cut) == (1.0, False)
+    relative, scale = relative_to_rows(rows[:, ::-1], sink=True)
+    np.testing.assert_allclose(relative[0], rows[0, ::-1] / 4)
+    np.testing.assert_allclose(relative[1], rows[1, ::-1] / 4e4)  # the first token is a sink
+    assert scale.limit == 1.0
+    assert scale.peak == pytest.approx(1e9 / 4e4)
 
 
-def test_the_bar_of_an_outlier_is_cut_and_shows_its_value():
-    _, ax = draw_bars(np.array([100.0, 3.0, -2.0, 1.0]), tokens(4), "Attribution")
-    assert heights(ax)[0] == 3.0
-    assert ax.patches[0].get_hatch()
-    assert "100.00" in [text.get_text() for text in ax.texts]
-    assert "stop at ±3.00" in ax.get_ylabel()
+def test_bars_of_passages_are_as_high_as_their_values():
+    row = np.array([0.4, 0.3, 7.92, 0.2, 1.0, 0.6, 0.1, 0.3, 0.5, 1.82])
+    _, ax = draw_bars(row, tokens(10), "Attribution")
+    np.testing.assert_allclose(heights(ax), row)
+    assert [text.get_text() for text in ax.texts] == [f"{value:.2f}" for value in row]
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("own_figure", [True, False])
+def test_the_bar_of_an_attention_sink_is_broken_and_shows_its_value(sign, own_figure):
+    row = np.array([100.0 * sign, 3.0, -2.0, 1.0])
+    given = None if own_figure else plt.subplots(figsize=(3, 2))[1]
+    figure, ax = draw_bars(row, tokens(4), "Attribution", given, ColorScale.of(row, sink=True))
+    figure.canvas.draw()
+    first, *others = heights(ax)
+    assert others == [3.0, -2.0, 1.0]
+    assert first * sign > 3.0  # higher than every bar that is whole
+    assert f"{100 * sign:.2f}" in [text.get_text() for text in ax.texts]
+    gaps = [line for line in ax.lines if line.get_color() == "white"]
+    assert len(gaps) == 2  # of the bar, and of the axis
+    assert all(3.0 < abs(y) < abs(first) for gap in gaps for y in gap.get_ydata())
+    assert max(abs(tick) for tick in ax.get_yticks()) <= 3.0
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+def test_bars_of_values_that_are_not_finite_keep_the_others_readable(value):
+    _, ax = draw_bars(np.array([1.0, value, 3.0]), tokens(3), "Attribution")
+    assert np.abs(heights(ax)).max() < 4.0
+    assert f"{value}" in [text.get_text() for text in ax.texts]
+
+
+@pytest.mark.parametrize("n_tokens", [5, 30, 60])
+def test_every_bar_has_its_number(n_tokens):
+    row = values(n_tokens)
+    texts = [
+        [text.get_text() for text in draw_bars(row, tokens(n_tokens), "", ax)[1].texts]
+        for ax in (None, plt.subplots(figsize=(12, 4))[1])
+    ]
+    assert texts == [[ColorScale.of(row).format(value) for value in row]] * 2
+
+
+def test_shaded_text_frames_an_attention_sink():
+    row = np.abs(values(80))
+    row[0] = 100.0
+    _, ax = draw_shaded_text(row, tokens(80), "", scale=ColorScale.of(row, sink=True))
+    edges = np.asarray(ax.collections[0].get_edgecolor())
+    assert edges[:, 3].tolist() == [1.0] + [0.0] * 79
+
+
+def test_labels_that_differ_by_a_space_or_past_the_cut_look_different():
+    texts = [f"A passage that begins as all of them, {end}" for end in ("one", "two")]
+    labels = ["is", "Ġis", "Ġthe", "a ", "a", *texts]
+    _, ax = draw_bars(values(7), labels, "")
+    shown = [label.get_text() for label in ax.get_xticklabels()]
+    assert shown[:5] == ["is", "␣is", "the", "a␣", "a"]
+    assert shown[5].endswith(", one")
+    assert shown[6].endswith(", two")
+    _, ax = draw_heat_map(values(2, 1), ["ĠParis", "Paris"], ["x"], "")
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["␣Paris", "Paris"]
+    table = render_text(AttributionText("t", texts, labels[:2], values(2), values(2, 2)), False, 80)
+    assert table.splitlines()[2].split() == ["sequence", "is", "␣is"]
+    assert ", one" in table
+    assert ", two" in table
 
 
 def test_a_small_heat_map_shows_its_numbers_in_readable_colours():

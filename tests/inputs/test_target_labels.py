@@ -10,7 +10,8 @@ import torch
 import transformers
 
 from captum_llm_ext import explain
-from captum_llm_ext.inputs.targets import output_tokens
+from captum_llm_ext.compat import _convert_ids_to_pretty_tokens
+from captum_llm_ext.inputs.targets import output_labels, output_tokens
 from captum_llm_ext.metrics import faithfulness
 from tests.models.families import PROMPT, tiny_model, tiny_tokenizer
 
@@ -49,6 +50,55 @@ def test_a_token_that_is_only_a_space_is_seen(text: str) -> None:
 def test_all_others_are_captums(text: str) -> None:
     result = explain(tiny_model("llama"), tiny_tokenizer(), PROMPT, text, "ablation")
     assert result.output_tokens == captums(text).output_tokens
+
+
+CUT = "東京は日本 golf 😀"
+
+
+@pytest.mark.parametrize("n_tokens", range(1, len(tiny_tokenizer().encode(CUT))))
+def test_a_character_that_is_cut_off_leaves_the_other_labels(n_tokens: int) -> None:
+    tokenizer = tiny_tokenizer()
+    ids = torch.tensor(tokenizer.encode(CUT, add_special_tokens=False)[:n_tokens])
+    n_whole = max(
+        n for n in range(n_tokens + 1) if CUT.startswith(tokenizer.decode(ids[:n].tolist()))
+    )
+    rest = tokenizer.convert_ids_to_tokens(ids[n_whole:].tolist())
+    try:
+        labels = list(_convert_ids_to_pretty_tokens(ids, tokenizer))
+    except Exception:
+        whole = _convert_ids_to_pretty_tokens(ids[:n_whole], tokenizer) if n_whole else []
+        labels = whole + rest
+    assert output_tokens(ids, tokenizer) == [label if label.strip() else "␣" for label in labels]
+    shown = output_labels(ids[None, :0], ids, tokenizer)
+    assert shown[n_whole:] == rest
+    text = "".join(shown[:n_whole]).replace("⋯", "").replace("␣", " ")
+    assert text == tokenizer.decode(ids[:n_whole].tolist())
+
+
+def test_characters_cut_off_at_both_ends_and_inside() -> None:
+    tokenizer = tiny_tokenizer()
+    cut = tokenizer.encode("東", add_special_tokens=False)
+    golf = tokenizer.encode(" golf", add_special_tokens=False)
+    assert len(cut) == 3
+    ids = torch.tensor([cut[2], *golf, *cut[:2], *golf, *cut, cut[0]])
+    first, second, third = list(tokenizer.convert_ids_to_tokens(cut))
+    assert output_labels(ids[None, :0], ids, tokenizer) == [
+        third,
+        " golf",
+        first,
+        second,
+        " golf",
+        "東",
+        "⋯",
+        "⋯",
+        first,
+    ]
+
+
+def test_tables_and_plots_show_a_character_once() -> None:
+    result = explain(tiny_model("llama"), tiny_tokenizer(), PROMPT, " 東!", "ablation")
+    assert result.output_labels == ["␣", "東", "⋯", "⋯", "!"]
+    assert "OVERLAP" not in result.to_text(color=False)
 
 
 def test_a_space_of_sentencepiece() -> None:

@@ -34,6 +34,8 @@ def single_results(draw: st.DrawFn) -> LLMAttributionResult:
         hidden_attr=tensors(rows, n_input, 2),
         n_evaluations=st.integers(0, 10**6),
         converged=st.booleans(),
+        output_labels=st.lists(TEXT, min_size=n_output, max_size=n_output),
+        starts_prompt=st.booleans(),
     )
     return LLMAttributionResult(
         **_tokens(draw, n_input, n_output),
@@ -60,6 +62,8 @@ def layered_results(draw: st.DrawFn) -> LLMLayerAttributionResult:
         hidden_attr=st.fixed_dictionaries({}, optional=hidden),
         layer_n_evaluations=_each(st.integers(0, 10**6), names),
         layer_converged=_each(st.booleans(), names),
+        output_labels=st.lists(TEXT, min_size=n_output, max_size=n_output),
+        starts_prompt=st.booleans(),
     )
     return LLMLayerAttributionResult(
         **_tokens(draw, n_input, n_output),

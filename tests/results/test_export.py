@@ -120,6 +120,13 @@ def test_a_newer_version_asks_for_an_upgrade():
         LLMAttributionResult.from_json(newer)
 
 
+@pytest.mark.parametrize("result", [SINGLE, LAYERED])
+def test_results_stored_without_what_display_needs_are_read(result):
+    document = json.loads(result.to_json())
+    del document["output_labels"], document["starts_prompt"]
+    assert LLMAttributionResult.from_json(json.dumps(document)) == result
+
+
 @pytest.mark.parametrize(
     "text",
     ["", "null", "[]", "{}", "result.json", "[" * 100_000, '{"schema": "other", "version": 1}'],

@@ -53,7 +53,8 @@
       find(".high").textContent = format(scale.limit, scale);
       find(".bar").className = `bar ${scale.signed ? "signed" : "positive"}`;
       find(".sign").hidden = !scale.signed;
-      find(".cut").hidden = !scale.beyond;
+      find(".cut").hidden = Math.abs(scale.peak) <= scale.limit;
+      find(".peak").textContent = format(scale.peak, scale);
     };
 
     const paint = (index) => {
