@@ -41,11 +41,12 @@ class Heads(Protocol):
 class BlockRun:
     """One run of a decoder block.
 
-    state: (1, length, hidden) what enters it; heads: the call of attention in it; modules: each
-    module that ran inside with its input and output (1, length, …), in the order in which they
-    ended.
+    block: the module; state: (1, length, hidden) what enters it; heads: the call of attention in
+    it; modules: each module that ran inside with its input and output (1, length, …), in the order
+    in which they ended.
     """
 
+    block: nn.Module
     state: Tensor | None
     heads: Heads | None = None
     modules: list[tuple[nn.Module, Tensor, Tensor]] = field(default_factory=list)
@@ -154,7 +155,7 @@ class Normalisation:
 
 
 class RunsTwiceError(ValueError):
-    """A block, or the kernel in it, ran more than once in one pass."""
+    """A block, or an attention in it, ran more than once in one pass."""
 
 
 @contextmanager
@@ -163,6 +164,8 @@ def running_blocks(
 ) -> Iterator[Callable[[Heads], None]]:
     """Hand each block's run to `receive` when it ends; yields what notes the calls of attention.
 
+    A block may end without any.
+
     One run is held at a time.
     """
     index_of = {module: i for i, block in enumerate(blocks) for module in block.modules()}
@@ -170,11 +173,17 @@ def running_blocks(
     ended: set[int] = set()
 
     def begin(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        runs[index_of[block]] = BlockRun(_first_state((*args, *kwargs.values())))
+        runs[index_of[block]] = BlockRun(block, _first_state((*args, *kwargs.values())))
 
     def note(heads: Heads) -> None:
         index = index_of[heads.module]
-        if runs[index].heads is not None or index in ended:
+        other = runs[index].heads
+        if other is not None and other.module is not heads.module:
+            raise RunsTwiceError(
+                f"block {index} holds two attentions, {type(other.module).__name__} and "
+                f"{type(heads.module).__name__}: the attention of such a model cannot be read"
+            )
+        if other is not None or index in ended:
             raise RunsTwiceError(
                 f"block {index} runs more than once in a forward pass, so its attention is "
                 "not defined: choose other layers"
@@ -192,7 +201,7 @@ def running_blocks(
         run = runs.pop(index_of[block])
         if run.heads is not None:
             ended.add(index_of[block])
-            receive(run)
+        receive(run)
 
     with ExitStack() as stack:
         for block in dict.fromkeys(blocks):  # a model may use one block at several depths

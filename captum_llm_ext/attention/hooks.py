@@ -83,16 +83,22 @@ def reading_weights(
 ) -> Iterator[None]:
     """Hand the attention of every block over `length` tokens to `receive` while one row runs.
 
-    The attention module of a block is the innermost module that returns weights of that shape.
+    The attention module of a block is the innermost module that returns weights of that shape; the
+    modules around it hand them on, and any other module has weights of its own.
     values_of: from block, module and number of heads to the values, or None.
     """
     attention_of: dict[int, nn.Module] = {}  # by index of the block
 
     def hand_on(block: int, module: nn.Module, args: Any, output: Any) -> None:
         shape = (length, length)
-        weights = next((w for w in possible_weights(output) if w.shape[-2:] == shape), None)
-        if weights is None or attention_of.setdefault(block, module) is not module:
+        tensors = (w for w in possible_weights(output) if w.shape[-2:] == shape)
+        # Keys and states may have that shape too, and softmaxed weights are not negative.
+        weights = next((w for w in tensors if not (w < 0).any()), None)
+        if weights is None:
             return
+        attention = attention_of.setdefault(block, module)
+        if attention is not module and attention in set(module.modules()):
+            return  # handed on
         values = values_of(block, module, weights.size(1))
         receive(WeightedHeads(module, weights[0], values))
 

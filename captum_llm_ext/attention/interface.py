@@ -51,6 +51,8 @@ class HeadsCall:
 
         None where they do not explain the kernel's output: the kernel does something else.
         """
+        if not self.query.size(1) == self.key.size(1) == self.value.size(1) == len(self.mixed):
+            return None  # some of the queries or keys alone, or those of other tokens
         rows = rows.to(self.query.device)
         scaling = self.options.get("scaling")
         scaling = self.query.size(-1) ** -0.5 if scaling is None else scaling
@@ -81,20 +83,55 @@ class HeadsCall:
         return scores + mask.float()
 
 
+class UnreadableCallError(ValueError):
+    """A kernel was called in a way from which no weights can be computed."""
+
+
 @contextmanager
 def reading_heads(
     modules: Iterable[nn.Module], receive: Callable[[HeadsCall], None]
 ) -> Iterator[None]:
-    """Hand the kernel's calls of these attention modules, on one row, to `receive`."""
-    listener = _Listener(set(modules), receive)
-    with _PATCH.listening(listener):
+    """Hand the kernel's calls of these attention modules, on one row, to `receive`.
+
+    Raises UnreadableCallError where the rows or the mask are of another kind.
+    """
+
+    def read(
+        module: nn.Module,
+        states: tuple[Tensor, ...],
+        mask: Any,
+        options: Mapping[str, Any],
+        output: Any,
+    ) -> None:
+        whole_mask = mask is None or (isinstance(mask, Tensor) and mask.dim() == 4)
+        if not whole_mask or any(state.size(0) != 1 for state in states):
+            raise UnreadableCallError
+        query, key, value = (state[0] for state in states)
+        mask = None if mask is None else mask[0]
+        receive(HeadsCall(module, query, key, value, mask, options, output[0][0]))
+
+    with _PATCH.listening(_Listener(set(modules), read)):
         yield
+
+
+@contextmanager
+def noting_callers(modules: Iterable[nn.Module]) -> Iterator[set[nn.Module]]:
+    """The modules among these that call a kernel, in whatever way."""
+    callers = set[nn.Module]()
+
+    def note(module: nn.Module, *call: Any) -> None:
+        callers.add(module)
+
+    with _PATCH.listening(_Listener(set(modules), note)):
+        yield callers
 
 
 @dataclass(frozen=True, eq=False)
 class _Listener:
+    """receive: takes module, (query, key, value), mask, options and the kernel's output."""
+
     modules: set[nn.Module]
-    receive: Callable[[HeadsCall], None]
+    receive: Callable[..., None]
 
 
 class _Patch:
@@ -122,8 +159,11 @@ class _Patch:
                     ATTENTION_KERNELS.update(self._before)
 
     def _eager(self, module: nn.Module, *args: Any, **options: Any) -> Any:
-        """The eager kernel of a family stands in the file of its attention module."""
-        kernel = sys.modules[type(module).__module__].eager_attention_forward
+        """The eager kernel of a family stands in the file of its attention module, or of the one
+        that this extends."""
+        files = (sys.modules[cls.__module__] for cls in type(module).__mro__)
+        kernels = (getattr(file, "eager_attention_forward", None) for file in files)
+        kernel = next(kernel for kernel in kernels if kernel is not None)
         return self._call(kernel, module, *args, **options)
 
     def _call(
@@ -133,18 +173,13 @@ class _Patch:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        mask: Tensor | None = None,
         *args: Any,
         **options: Any,
     ) -> Any:
-        output = kernel(module, query, key, value, mask, *args, **options)
+        output = kernel(module, query, key, value, *args, **options)
+        mask = args[0] if args else options.get("attention_mask")
         for listener in [one for one in self._listeners if module in one.modules]:
-            if query.size(0) == 1:
-                mask_of_row = None if mask is None else mask[0]
-                call = HeadsCall(
-                    module, query[0], key[0], value[0], mask_of_row, options, output[0][0]
-                )
-                listener.receive(call)
+            listener.receive(module, (query, key, value), mask, options, output)
         return output
 
 

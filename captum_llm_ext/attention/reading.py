@@ -2,7 +2,9 @@
 
 There are two ways to read it. Where a model hands queries, keys and values to a kernel
 (`interface.py`), its kernel stays and the rows of the target are computed anew. Otherwise, and
-where every row is needed, the model runs with eager attention, which returns the weights.
+where every row is needed, the model runs with eager attention, which returns the weights; its
+scores must then be those of the model as it is. Either way, every attention that runs is read, or
+it is an error.
 """
 
 from __future__ import annotations
@@ -16,13 +18,20 @@ from torch import Tensor, nn
 
 from captum_llm_ext.attention.block_flow import BlockRun, Heads, RunsTwiceError, running_blocks
 from captum_llm_ext.attention.hooks import eager_attention, reading_weights
-from captum_llm_ext.attention.interface import reading_heads
+from captum_llm_ext.attention.interface import (
+    UnreadableCallError,
+    noting_callers,
+    reading_heads,
+)
 from captum_llm_ext.attention.maps import LayerAttention
 from captum_llm_ext.attention.values import cached_values, whole_cache
-from captum_llm_ext.model.hooks import without_checkpointing
+from captum_llm_ext.model.hooks import evaluating, without_checkpointing
 from captum_llm_ext.model.layers import decoder_blocks
-from captum_llm_ext.scoring.checks import check_finite
+from captum_llm_ext.scoring.checks import check_finite, is_random
+from captum_llm_ext.scoring.positions import TargetSpan
 from captum_llm_ext.scoring.teacher_forcing import Pass, TeacherForcing
+
+FEW = 8  # tokens that show which blocks have attention
 
 
 @dataclass(frozen=True)
@@ -95,24 +104,35 @@ def read_attention(
             scored = reading.by_interface()
         if scored is None:
             scored = reading.by_weights()
+            check_eager(forcing, scored)
     check_finite(scored)
     selection.check(forcing.model, reading.modules)
+    reading.check_every_attention()
     check_same_heads(reading.layers)
     return reading.layers, scored.token_scores()[0]
 
 
 class _Reading:
-    """What is read of each layer while the model runs: `layers`, and every attention module."""
+    """What is read of each layer while the model runs: `layers`, and every attention module.
+
+    ran: the modules in the blocks that ran; callers: those of them that called a kernel; silent:
+    the blocks that ran without attention.
+    """
 
     def __init__(self, forcing: TeacherForcing, selection: Selection) -> None:
         self.forcing, self.selection = forcing, selection
         self.blocks = decoder_blocks(forcing.model)
         self.names = {module: name for name, module in forcing.model.named_modules()}
-        self.layers: list[LayerAttention] = []
-        self.modules: dict[str, nn.Module] = {}
+        self._clear()
         length = forcing.row.length
         first = 0 if selection.needs_every_row else length - len(forcing.target)
         self.rows = torch.arange(first, length)
+
+    def _clear(self) -> None:
+        self.layers: list[LayerAttention] = []
+        self.modules: dict[str, nn.Module] = {}
+        self.ran, self.callers = set[nn.Module](), set[nn.Module]()
+        self.silent: list[nn.Module] = []
 
     def by_interface(self) -> Pass | None:
         """Read where kernels are called; None where the model does not call them as expected."""
@@ -120,12 +140,23 @@ class _Reading:
         try:
             with running_blocks(self.blocks, self._receive) as note, reading_heads(modules, note):
                 scored = self.forcing.run(self.forcing.ids, self.forcing.whole)
-        except (_NotExplainedError, RunsTwiceError):
+        except (_NotExplainedError, UnreadableCallError, RunsTwiceError):
             scored = None
-        if scored is None or not self.modules:
-            self.layers, self.modules = [], {}
+        if scored is None or not self.modules or self._unread() or self._silent_attend():
+            self._clear()
             return None
         return scored
+
+    def _silent_attend(self) -> bool:
+        """Whether blocks that call no kernel have attention of their own: a few tokens tell."""
+        if not self.silent:
+            return False
+        attention: list[object] = []
+        ids, model = self.forcing.ids[:, :FEW], self.forcing.model
+        read = reading_weights(self.silent, ids.size(1), lambda *_: None, attention.append)
+        with eager_attention(model), read:
+            self.forcing.run(ids, TargetSpan(0, 1), output_attentions=True)
+        return bool(attention)
 
     def by_weights(self) -> Pass:
         """Read the weights that eager attention returns."""
@@ -141,6 +172,8 @@ class _Reading:
         with ExitStack() as stack:
             note = stack.enter_context(running_blocks(self.blocks, self._receive))
             stack.enter_context(eager_attention(model))
+            modules = [module for block in self.blocks for module in block.modules()]
+            self.callers = stack.enter_context(noting_callers(modules))
             length = forcing.row.length
             stack.enter_context(reading_weights(self.blocks, length, values_of, note))
             return forcing.run(forcing.ids, forcing.whole, **options)  # type: ignore[arg-type]
@@ -148,7 +181,9 @@ class _Reading:
     def _receive(self, run: BlockRun) -> None:
         """Cut one layer's attention to the selection, in float32, beside the ids."""
         heads = run.heads
+        self.ran.update(module for module, _, _ in run.modules)
         if heads is None:
+            self.silent.append(run.block)
             return
         name = self.names[heads.module]
         self.modules[name] = heads.module
@@ -181,6 +216,38 @@ class _Reading:
             targets=selected[:, -n_output:].clone(),
             prompt=selected[:, :n_prompt, :n_prompt].clone() if selection.prompt else None,
             **{key: None if v is None else v.to(forcing.ids.device) for key, v in more.items()},
+        )
+
+    def check_every_attention(self) -> None:
+        """Refuse a model of which an attention ran and was not read."""
+        if unread := self._unread():
+            raise ValueError(
+                f"the attention of {', '.join(unread[:4])} cannot be read: it returns no weights "
+                f"(n_heads, {self.forcing.row.length}, {self.forcing.row.length}) of all tokens to "
+                "all tokens. Choose other layers"
+            )
+
+    def _unread(self) -> list[str]:
+        """The selected modules that call a kernel, or are of a class that has attention elsewhere,
+        and ran without giving it."""
+        read = {part for module in self.modules.values() for part in module.modules()}
+        kinds = {type(module) for module in self.modules.values()}
+        attention = self.callers | {module for module in self.ran if type(module) in kinds}
+        unread = (module for module in attention - read if self.selection.includes(module))
+        return sorted(self.names[module] for module in unread)
+
+
+def check_eager(forcing: TeacherForcing, scored: Pass) -> None:
+    """Refuse eager attention with which the model has other scores than as it is."""
+    check_finite(scored)
+    with evaluating(forcing.model):
+        expected = forcing.run(forcing.ids, forcing.whole)
+    if not scored.agrees_with(expected) and not is_random(forcing):
+        raise ValueError(
+            f"{type(forcing.model).__name__} has other scores with eager attention, which returns "
+            "the weights, than as it is: they are not the model's own weights. Use another "
+            "reduction than 'rollout' and leave out include_prompt_attention, or let it compute "
+            'everything so: model.set_attn_implementation("eager")'
         )
 
 

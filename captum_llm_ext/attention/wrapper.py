@@ -37,9 +37,11 @@ class LLMAttentionAttribution(BaseLLMAttribution):
     """The attention that the prediction of each target token pays to the input.
 
     One pass over prompt and target reads the softmaxed weights that the model itself computes, with
-    its masks, grouped heads, soft caps and sinks, and returns them in float32. During that pass the
-    model's attention implementation is "eager", the only one that returns the weights. Attention
-    shows where a head looks. It does not show what made the model say what it said.
+    its masks, grouped heads, soft caps and sinks, and returns them in float32. "rollout",
+    `include_prompt_attention` and models that call no attention kernel of transformers need the
+    attention implementation "eager" for that pass, and a second pass shows that the scores are
+    those of the model as it is. Attention shows where a head looks. It does not show what made the
+    model say what it said.
 
     Args:
         model: a causal language model of transformers; or an encoder-decoder model, whose
@@ -134,7 +136,8 @@ class LLMAttentionAttribution(BaseLLMAttribution):
             (`sink_attention`).
 
         Raises:
-            ValueError: the model gives no attention weights, or is not causal; a head is out of
+            ValueError: the model gives no attention weights, or other scores with eager attention;
+                an attention that runs cannot be read, or the model is not causal; a head is out of
                 range, or a layer has no attention; or the input or target has no meaning.
 
         Warns:

@@ -56,7 +56,7 @@ class LayerPath:
     def __post_init__(self) -> None:
         self.halving = Halving(self.plan.rows)
         self.seen: dict[float, float] = {}  # path point -> sequence score there
-        self.replayed = min(self.trace.layers[site].blocks_before for site in self.moved)
+        self.replayed = self.trace.replayable(self.moved)
         self.ends = self._scored_ends()
         self.leap = self._leap() if self.method.sums_to == DIFFERENCE else 0.0
         self.forward_mode = ForwardMode(self) if self.plan.forward else None
@@ -206,20 +206,31 @@ class LayerPath:
     def _scored_ends(self) -> Tensor:
         """The scores (2, n_checks) at the start and end.
 
-        They say whether blocks can be replayed: some models pass more from block to block than a
-        block's output, and then the path does not end at the model's own scores.
+        They say whether blocks can be replayed, beyond what the graph says: what a model passes
+        from block to block may carry no gradients, and then the path does not end at the model's
+        own scores, or blocks miss what they need.
         """
         layers = self.trace.layers
         ends = {s: torch.cat([self.starts[s], layers[s].tensor]) for s in self.moved}
         with writing(ends):
-            scored = self.score_rows(2)
-            if self.replayed and not self._reaches_input(scored):
+            scored = self._replayed_ends()
+            if scored is None:
                 logger.info("blocks cannot be replayed in this model: running all of them")
                 self.replayed = 0
                 scored = self.score_rows(2)
         self.precision = scored.precision
         self.note(torch.tensor([0.0, 1.0]), scored.sequence_score())
         return self.checked_scores(scored)
+
+    def _replayed_ends(self) -> Pass | None:
+        """The scores at both ends, or None where replayed blocks do not give the model's."""
+        try:
+            scored = self.score_rows(2)
+        except (AttributeError, IndexError, KeyError, TypeError):
+            if not self.replayed:
+                raise
+            return None
+        return scored if not self.replayed or self._reaches_input(scored) else None
 
     def _reaches_input(self, scored: Pass) -> bool:
         """Whether the path's end has the scores of the model at the input itself."""

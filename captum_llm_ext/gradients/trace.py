@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from captum_llm_ext.inputs.baselines import PathStart
 from captum_llm_ext.inputs.features import Features
 from captum_llm_ext.model.adapter import Part, layout_of
+from captum_llm_ext.model.handed_on import nodes_of, not_replayable
 from captum_llm_ext.model.hooks import LayerState, tracing, writing
 from captum_llm_ext.model.layers import Site, decoder_blocks, token_embedding
 from captum_llm_ext.scoring.positions import Positions, TargetSpan
@@ -24,7 +25,8 @@ class Trace:
     """One pass over a span of the target, with everything that paths begin from.
 
     layers: the state of each layer; positions: where it stands in the row; blocks: the model's
-    blocks, and block_outputs what each returned, for replay; scores: (len(span),) of the tokens.
+    blocks, block_outputs what each returned, and not_replayable the numbers of first blocks that
+    hand on more than that; scores: (len(span),) of the tokens.
     """
 
     forcing: TeacherForcing
@@ -33,6 +35,7 @@ class Trace:
     positions: Mapping[Site, Positions]
     blocks: list[nn.Module]
     block_outputs: list[Any]
+    not_replayable: set[int]
     scores: Tensor
 
     @classmethod
@@ -45,8 +48,10 @@ class Trace:
     ) -> Trace:
         """Run the model once, and tell the position of each layer."""
         ids, blocks = forcing.fed(span), decoder_blocks(forcing.model)
-        with tracing(forcing.model, sites, blocks, ids) as (layers, outputs):
-            scores = forcing.run(ids, span, sites).token_scores()[0].detach()
+        with tracing(forcing.model, sites, blocks, ids) as (layers, ended):
+            scored = forcing.run(ids, span, sites)
+            scores = scored.token_scores()[0]
+        refused = not_replayable([b.graph for b in ended], nodes_of((scores, scored.head.below)))
         parts = _parts(forcing, ids, layers, sites)
         positions = {
             site: Positions.of_layer(forcing.row, part[0], features) for site, part in parts.items()
@@ -54,7 +59,13 @@ class Trace:
         for site in sites:
             if layers[site].depends_on_tokens:
                 _check_features(site, positions[site])
-        return cls(forcing, span, layers, positions, blocks, outputs, scores)
+        outputs = [block.output for block in ended]
+        return cls(forcing, span, layers, positions, blocks, outputs, refused, scores.detach())
+
+    def replayable(self, sites: Sequence[Site]) -> int:
+        """How many of the first blocks need not run again for paths of these layers."""
+        most = min(self.layers[site].blocks_before for site in sites)
+        return max(n for n in range(most + 1) if n not in self.not_replayable)
 
     @property
     def alive(self) -> list[Site]:

@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 
+from captum_llm_ext.model.handed_on import BlockGraph, nodes_of
 from captum_llm_ext.model.layers import Site, module_from_getter, output_head
 
 Change = Callable[[Site, Tensor], Tensor]
@@ -118,30 +120,44 @@ class LayerState:
     blocks_before: int
 
 
+@dataclass
+class BlockState:
+    """What a block returned in one forward pass, and its part of the graph."""
+
+    output: Any
+    graph: BlockGraph
+
+
 @contextmanager
 def tracing(
     model: nn.Module, sites: Sequence[Site], blocks: Sequence[nn.Module], ids: Tensor
-) -> Iterator[tuple[dict[Site, LayerState], list[Any]]]:
-    """Record each site's state, and the outputs of the `blocks` in the order in which they ran."""
+) -> Iterator[tuple[dict[Site, LayerState], list[BlockState]]]:
+    """Record each site's state, and those of the `blocks` in the order in which they ran."""
     states: dict[Site, LayerState] = {}
-    outputs: list[Any] = []
+    ended: list[BlockState] = []
+    inputs: dict[nn.Module, list[Node]] = {}
+
+    def begin(block: nn.Module, args: Any, kwargs: Any) -> None:
+        inputs[block] = nodes_of((args, kwargs))
+
+    def end(block: nn.Module, args: Any, output: Any) -> None:
+        graph = BlockGraph(inputs[block], nodes_of(output))
+        ended.append(BlockState(_map_tensors(output, Tensor.detach), graph))
 
     def record(site: Site, tensor: Tensor) -> Tensor:
         depends = tensor.requires_grad or not leaves
         if depends and site in states:
             raise _runs_again(site)
-        states[site] = LayerState(tensor.detach().clone(), depends, len(outputs))
+        states[site] = LayerState(tensor.detach().clone(), depends, len(ended))
         return tensor
 
     with ExitStack() as stack:
         leaves = stack.enter_context(embedding_leaves(model, ids))
         for block in blocks:
-            hook = block.register_forward_hook(
-                lambda _, __, output: outputs.append(_map_tensors(output, Tensor.detach))
-            )
-            stack.callback(hook.remove)
+            stack.callback(block.register_forward_pre_hook(begin, with_kwargs=True).remove)
+            stack.callback(block.register_forward_hook(end).remove)
         stack.enter_context(changing(sites, record))
-        yield states, outputs
+        yield states, ended
 
 
 def replaying(blocks: Sequence[nn.Module], state: Any, rows: int) -> AbstractContextManager[None]:

@@ -21,7 +21,7 @@ from captum_llm_ext.model.layers import accepts, output_head
 from captum_llm_ext.model.memory import Halving, free_bytes
 from captum_llm_ext.model.prefix_cache import PrefixCache, can_be_cropped
 from captum_llm_ext.model.quantized import quantization_of
-from captum_llm_ext.scoring.checks import check_context
+from captum_llm_ext.scoring.context import check_context
 from captum_llm_ext.scoring.preparation import FEWEST_REUSED, Prepared
 from captum_llm_ext.scoring.teacher_forcing import (
     PASS_OVERHEAD,
@@ -82,7 +82,11 @@ class PromptScorer:
             layout, device = layout_of(self.model), self.reference.device
             rows = [layout.prompt(torch.tensor(prompt, device=device)) for prompt in new]
             longest = max(rows, key=len)
-            check_context(replace(self.forcing, prompt_ids=longest[None]))
+            if len(longest) > len(self.reference):
+                check_context(
+                    replace(self.forcing, prompt_ids=longest[None]),
+                    partial(self._alone, longest, lambda n: None),
+                )
             with tqdm(total=len(new), disable=not self.show_progress, desc="prompts") as bar:
                 self._scores.update(zip(new, self._score(rows, bar.update), strict=True))
         return torch.stack([self._scores[prompt] for prompt in prompts])

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from captum_llm_ext.compat import InterpretableInput
 from captum_llm_ext.inputs.features import ends_by_itself
 from captum_llm_ext.inputs.targets import Target
-from captum_llm_ext.model.adapter import layout_of
 from captum_llm_ext.model.hooks import embedding_leaves, reading
 from captum_llm_ext.model.layers import Site, decoder_blocks, find_token_embedding
 from captum_llm_ext.model.quantized import quantization_of
@@ -37,35 +36,26 @@ def check_ids(forcing: TeacherForcing) -> None:
         )
 
 
-def check_context(forcing: TeacherForcing) -> None:
-    """Refuse a prompt and target that are longer than the model's context."""
-    config = getattr(forcing.model, "config", None)
-    text_config = getattr(config, "get_text_config", lambda: config)()
-    limit = getattr(text_config, "max_position_embeddings", None)
-    row = forcing.row
-    length = layout_of(forcing.model).context(row.n_prompt, row.n_target)
-    if isinstance(limit, int) and 0 < limit < length:
-        raise ValueError(
-            f"the prompt ({row.n_prompt} tokens) and target ({len(forcing.target)}) are longer "
-            f"than the model's context of {limit} tokens: shorten one of them"
-        )
-
-
 def warn_of_dropout(forcing: TeacherForcing) -> None:
-    """Warn of dropout: in training mode it makes every pass, and so every attribution, random.
-
-    Two passes tell, whether a module drops or a function that a module calls.
-    """
-    if not any(module.training for module in forcing.model.modules()):
-        return
-    ids = forcing.fed(forcing.whole)
-    with torch.no_grad(), same_random_state():
-        first, second = (forcing.run(ids, forcing.whole).logits for _ in range(2))
-    if not torch.allclose(first, second, equal_nan=True):
+    """Warn of dropout: in training mode it makes every pass, and so every attribution, random."""
+    if is_random(forcing):
         warn(
             "the model is in training mode and has dropout, so the attribution is random: "
             "call model.eval() first",
         )
+
+
+def is_random(forcing: TeacherForcing) -> bool:
+    """Whether two passes differ, as with dropout in training mode.
+
+    Two passes tell, whether a module drops or a function that a module calls.
+    """
+    if not any(module.training for module in forcing.model.modules()):
+        return False
+    ids = forcing.fed(forcing.whole)
+    with torch.no_grad(), same_random_state():
+        first, second = (forcing.run(ids, forcing.whole).logits for _ in range(2))
+    return not torch.allclose(first, second, equal_nan=True)
 
 
 def warn_of_ended_prompt(inp: InterpretableInput, prompt: Tensor, tokenizer: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,11 +18,11 @@ from captum_llm_ext.model.layers import accepts
 from captum_llm_ext.model.prefix_cache import PrefixCache, can_be_cropped
 from captum_llm_ext.scoring.checks import (
     check_causal,
-    check_context,
     check_ids,
     warn_of_dropout,
     warn_of_ended_prompt,
 )
+from captum_llm_ext.scoring.context import check_context, generating
 from captum_llm_ext.scoring.tasks import Request, Task, task_of
 from captum_llm_ext.scoring.teacher_forcing import Pass, TeacherForcing
 
@@ -94,7 +95,8 @@ def prepare(
     """
     check_reads_tokens(model)
     task = task_of(model)
-    forcing = task.teacher_forcing(model, tokenizer, prompt, request)
+    with generating(model, prompt.size(1)) if request.target is None else nullcontext():
+        forcing = task.teacher_forcing(model, tokenizer, prompt, request)
     check_ids(forcing)
     check_context(forcing)
     if task.name == CAUSAL:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from captum_llm_ext.inputs.targets import Target
 from captum_llm_ext.model.hooks import HeadInput, embedding_leaves, split_at_head
@@ -78,7 +79,8 @@ class TeacherForcing:
         model, left out where its forward does not have them.
         """
         # Logits over the vocabulary are dear, so only the scored positions get them.
-        options = {"use_cache": use_cache, "logits_to_keep": len(span), **more}
+        kept = _last_positions(self.model, len(span))
+        options = {"use_cache": use_cache, "logits_to_keep": kept, **more}
         options = {name: value for name, value in options.items() if accepts(self.model, name)}
         if self.prefix is not None and self.n_cached:
             cache = self.prefix.at(self.n_cached, len(ids))
@@ -228,6 +230,17 @@ class Pass:
         if self.head.below is None or self.head.above is None:
             return score, None
         return self.head.below, torch.autograd.grad(score, self.head.above, retain_graph=True)[0]
+
+
+def _last_positions(model: nn.Module, n: int) -> int | Tensor:
+    """The last `n` positions, as an argument of the model.
+
+    A number lets Gemma 4 shorten its last layers, so models of transformers get a tensor: it says
+    where logits are needed, and nothing else. On the CPU it indexes states on every device.
+    """
+    outermost = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
+    of_transformers = type(outermost).__module__.startswith("transformers.")
+    return torch.arange(-n, 0) if of_transformers else n
 
 
 def _even_spans(n_output: int, count: int) -> list[TargetSpan]:

@@ -132,7 +132,11 @@ def test_repeated_calls_keep_no_tensors(reduction: str) -> None:
     assert _tensors() <= before
 
 
-def test_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [({}, 1), ({"include_prompt_attention": True}, 2), ({"reduction": "rollout"}, 2)],
+)
+def test_one_pass_and_another_to_compare_eager_with(options: dict[str, Any], expected: int) -> None:
     model, passes = tiny_model("llama", fresh=True), 0
 
     def count(*_: Any) -> None:
@@ -140,8 +144,8 @@ def test_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
         passes += 1
 
     model.register_forward_hook(count)
-    read(model, include_prompt_attention=True, include_generated=True)
-    assert passes == 1
+    read(model, **options, include_generated=True)
+    assert passes == expected
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")

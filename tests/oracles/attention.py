@@ -45,7 +45,12 @@ OTHER_FAMILIES: dict[str, Callable[[], nn.Module]] = {
     ),
     "bloom": lambda: _model("Bloom", vocab_size=VOCAB_SIZE, hidden_size=32, n_layer=4, n_head=4),
     "falcon_alibi": lambda: _model(
-        "Falcon", **_SMALL, num_attention_heads=N_HEADS, alibi=True, multi_query=True
+        "Falcon",
+        **_SMALL,
+        num_attention_heads=N_HEADS,
+        alibi=True,
+        multi_query=True,
+        attn_implementation="eager",  # which adds the biases twice, and "sdpa" does not
     ),
     "gptj": lambda: _model("GPTJ", **_EMBD, rotary_dim=4),
     "gpt_neo": lambda: _model(
