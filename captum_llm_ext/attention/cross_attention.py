@@ -13,7 +13,7 @@ from captum_llm_ext.attention.hooks import eager_attention, possible_weights
 from captum_llm_ext.attention.maps import LayerAttention
 from captum_llm_ext.attention.reading import Selection, check_eager, check_same_heads
 from captum_llm_ext.model.hooks import without_checkpointing
-from captum_llm_ext.model.layers import decoder_blocks
+from captum_llm_ext.model.layers import decoder_blocks, named_layers
 from captum_llm_ext.scoring.teacher_forcing import Pass, TeacherForcing, read_logits
 
 CROSS_REDUCTIONS = ("mean", "max")  # the others multiply layers, or need values of one stack
@@ -35,7 +35,7 @@ def read_cross_attention(
         output = forcing.model(forcing.ids, output_attentions=True)
     scored = Pass(forcing.target, forcing.whole, read_logits(output)[:, -n_output:])
     check_eager(forcing, scored)
-    names = {module: name for name, module in model.named_modules()}
+    names = {module: name for name, module in named_layers(model)}
     weights_of = {
         returned[w.data_ptr()][0]: w[0, :, -n_output:] for w in output.cross_attentions or ()
     }

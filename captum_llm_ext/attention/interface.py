@@ -138,25 +138,40 @@ class _Patch:
     """Wraps the kernels while anybody listens, in whatever order threads come and go."""
 
     def __init__(self) -> None:
-        self._lock, self._listeners = RLock(), list[_Listener]()
-        self._before: dict[str, Kernel] = {}
+        self._lock = RLock()
+        # A new tuple for each change, since other threads walk over the old one.
+        self._listeners: tuple[_Listener, ...] = ()
+        self._wrapped: dict[str, tuple[Kernel | None, Kernel]] = {}
 
     @contextmanager
     def listening(self, listener: _Listener) -> Iterator[None]:
         with self._lock:
             if not self._listeners:
-                self._before = dict(ATTENTION_KERNELS)
-                wrapped = {key: partial(self._call, f) for key, f in self._before.items()}
-                ATTENTION_KERNELS.update(wrapped | {"eager": self._eager})
-            self._listeners.append(listener)
+                self._wrap()
+            self._listeners = (*self._listeners, listener)
         try:
             yield
         finally:
             with self._lock:
-                self._listeners.remove(listener)
+                self._listeners = tuple(one for one in self._listeners if one is not listener)
                 if not self._listeners:
-                    ATTENTION_KERNELS.clear()
-                    ATTENTION_KERNELS.update(self._before)
+                    self._unwrap()
+
+    def _wrap(self) -> None:
+        wrapped = {key: partial(self._call, kernel) for key, kernel in ATTENTION_KERNELS.items()}
+        wrapped["eager"] = partial(self._eager)
+        self._wrapped = {key: (ATTENTION_KERNELS.get(key), new) for key, new in wrapped.items()}
+        ATTENTION_KERNELS.update(wrapped)
+
+    def _unwrap(self) -> None:
+        # Name by name, since models in other threads look up kernels meanwhile, and may add one.
+        for key, (before, wrapped) in self._wrapped.items():
+            if ATTENTION_KERNELS.get(key) is not wrapped:
+                continue
+            if before is None:
+                del ATTENTION_KERNELS[key]
+            else:
+                ATTENTION_KERNELS[key] = before
 
     def _eager(self, module: nn.Module, *args: Any, **options: Any) -> Any:
         """The eager kernel of a family stands in the file of its attention module, or of the one

@@ -26,7 +26,7 @@ from captum_llm_ext.attention.interface import (
 from captum_llm_ext.attention.maps import LayerAttention
 from captum_llm_ext.attention.values import cached_values, whole_cache
 from captum_llm_ext.model.hooks import evaluating, without_checkpointing
-from captum_llm_ext.model.layers import decoder_blocks
+from captum_llm_ext.model.layers import decoder_blocks, named_layers
 from captum_llm_ext.scoring.checks import check_finite, is_random
 from captum_llm_ext.scoring.positions import TargetSpan
 from captum_llm_ext.scoring.teacher_forcing import Pass, TeacherForcing
@@ -122,7 +122,7 @@ class _Reading:
     def __init__(self, forcing: TeacherForcing, selection: Selection) -> None:
         self.forcing, self.selection = forcing, selection
         self.blocks = decoder_blocks(forcing.model)
-        self.names = {module: name for name, module in forcing.model.named_modules()}
+        self.names = {module: name for name, module in named_layers(forcing.model)}
         self._clear()
         length = forcing.row.length
         first = 0 if selection.needs_every_row else length - len(forcing.target)

@@ -23,7 +23,15 @@ from captum_llm_ext.inputs.features import Features, read_features
 from captum_llm_ext.model.adapter import QA, SEQ2SEQ
 from captum_llm_ext.model.checks import check_pair
 from captum_llm_ext.model.encoder_decoder import EncoderDecoder
-from captum_llm_ext.model.layers import LayerSpec, Site, decoder_blocks, input_device, resolve_sites
+from captum_llm_ext.model.layers import (
+    LayerSpec,
+    Site,
+    decoder_blocks,
+    input_device,
+    owner_of,
+    resolve_sites,
+)
+from captum_llm_ext.model.lock import one_call_at_a_time
 from captum_llm_ext.results.attention import LLMAttentionAttributionResult
 from captum_llm_ext.scoring.checks import warn_of_dropout
 from captum_llm_ext.scoring.positions import Positions
@@ -94,6 +102,7 @@ class LLMAttentionAttribution(BaseLLMAttribution):
         self._layers = _modules_in(model, layers)
         self._heads = _checked_heads(heads)
 
+    @one_call_at_a_time
     def attribute(
         self,
         inp: InterpretableInput,
@@ -275,7 +284,8 @@ def _modules_in(
 
 
 def _block(model: Any, index: int) -> list[Site]:
-    blocks = decoder_blocks(model.get_decoder() if task_of(model).name == SEQ2SEQ else model)
+    owner: Any = owner_of(model, "get_decoder")
+    blocks = decoder_blocks(owner.get_decoder() if task_of(model).name == SEQ2SEQ else model)
     if isinstance(index, bool) or not -len(blocks) <= index < len(blocks):
         raise ValueError(
             f"expected the index of a decoder block in 0…{len(blocks) - 1}, got layer {index!r}"

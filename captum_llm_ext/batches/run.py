@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+import warnings
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -25,6 +27,7 @@ from captum_llm_ext.batches.processes import Process, this_process
 from captum_llm_ext.batches.records import Explainer, Warner
 from captum_llm_ext.batches.settings import batch_settings, check_settings, write_whole
 from captum_llm_ext.explaining import Layers, check_options
+from captum_llm_ext.model.lock import holding
 
 WORK_SUFFIX = ".batch"
 SETTINGS, REPORT, LOCK = "settings.json", "report.json", "lock"
@@ -167,7 +170,8 @@ def _explain_share(
     ):
         for number, line in enumerate(left, len(share) - len(left) + 1):
             bar.set_description(f"prompt {number} of {len(share)}", refresh=False)
-            with warner.of_line(line.number):
+            # Warning filters and random generators are the whole process's.
+            with holding(explainer.model, warnings, random), warner.of_line(line.number):
                 record = explainer.record(line)
             append(record)
             bar.update(tokens[line.number])

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from captum_llm_ext._version import __version__
 from captum_llm_ext.batches.lines import Line, shortened
+from captum_llm_ext.model.compiled import original, original_name
+from captum_llm_ext.model.layers import named_layers
 
 VALUES_PER_WEIGHT = 8
 # These options change how the work is done, and not its results.
@@ -87,9 +89,9 @@ def _digest(parts: Iterable[str | bytes]) -> str:
 
 def _weights(model: nn.Module) -> Iterable[str]:
     """The name and a few values of every weight, which tell models of one architecture apart."""
-    yield type(model).__name__
+    yield type(original(model)).__name__
     for name, weight in model.named_parameters():
-        yield f"{name} {weight.dtype} {_sample(weight)}"
+        yield f"{original_name(name)} {weight.dtype} {_sample(weight)}"
 
 
 def _sample(weight: Tensor) -> list[float]:
@@ -112,7 +114,7 @@ def _tokenizer(tokenizer: Any) -> Iterable[str]:
 def _as_json(value: Any, model: nn.Module) -> Any:
     """A value as JSON can write it: a module as its name, a tensor as a digest."""
     if isinstance(value, nn.Module):
-        return next((name for name, part in model.named_modules() if part is value), repr(value))
+        return next((name for name, part in named_layers(model) if part is value), repr(value))
     if isinstance(value, Tensor):
         return {"tensor": _digest([repr(value.detach().cpu().tolist())])}
     if isinstance(value, Mapping):

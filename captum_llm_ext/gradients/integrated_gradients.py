@@ -18,6 +18,7 @@ from captum_llm_ext.gradients.totals import LayerTotal, Plan
 from captum_llm_ext.gradients.trace import Trace
 from captum_llm_ext.inputs.baselines import PathStart
 from captum_llm_ext.model.layers import Site
+from captum_llm_ext.model.lock import holding
 
 ADAPTIVE = "adaptive"
 
@@ -72,7 +73,7 @@ class IntegratedGradients(PathMethod):
 def layer_integrated_gradients(model: nn.Module, layer: Any) -> LayerIntegratedGradients:
     """Captum's method of one or several layers, without its warning of layers that feed others:
     each layer has a path of its own here."""
-    with warnings.catch_warnings():
+    with holding(warnings), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Multiple layers provided")
         return LayerIntegratedGradients(model, layer)
 

@@ -39,7 +39,8 @@ from captum_llm_ext.inputs.targets import GRADIENT_TARGETS, check_attr_target
 from captum_llm_ext.model.adapter import layout_of
 from captum_llm_ext.model.checks import check_pair, check_weights
 from captum_llm_ext.model.hooks import differentiable
-from captum_llm_ext.model.layers import input_device, resolve_sites
+from captum_llm_ext.model.layers import input_device, owner_of, resolve_sites
+from captum_llm_ext.model.lock import one_call_at_a_time
 from captum_llm_ext.model.quantized import dequantized_products, quiet_bitsandbytes
 from captum_llm_ext.model.random_state import same_random_state
 from captum_llm_ext.registry import load, method_named
@@ -101,6 +102,7 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
         # Resolved now, so that a layer that is not in the model is an error where it was written.
         self._sites, self._several = resolve_sites(self.model, attr_method.layer)  # type: ignore[attr-defined]
 
+    @one_call_at_a_time
     def attribute(
         self,
         inp: InterpretableInput,
@@ -394,7 +396,8 @@ def _draws(method: GradientMethod, inp: InterpretableInput) -> bool:
 
 
 def _input_embeddings(model: nn.Module) -> nn.Module:
-    getter = getattr(model, "get_input_embeddings", None)
+    owner = owner_of(model, "get_input_embeddings")
+    getter = getattr(owner, "get_input_embeddings", None)
     embeddings = getter() if callable(getter) else None
     if not isinstance(embeddings, nn.Module):
         raise ValueError(

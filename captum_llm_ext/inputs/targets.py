@@ -20,6 +20,7 @@ from captum_llm_ext.inputs.token_text import (
     readable_token,
     readable_tokens,
 )
+from captum_llm_ext.model.lock import holding
 from captum_llm_ext.warning import warn
 
 GRADIENT_TARGETS = ("log_prob", "prob", "logit")
@@ -255,7 +256,7 @@ def captum_labels(ids: Tensor, tokenizer: Any) -> list[str]:
     Where Captum cannot, as the vocabulary has them: where a character is cut off, its tokens alone.
     """
     try:
-        with warnings.catch_warnings():
+        with holding(warnings), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return list(_convert_ids_to_pretty_tokens(ids.cpu(), tokenizer))
     except Exception:  # Captum re-encodes the decoded text, and some tokenizers cannot

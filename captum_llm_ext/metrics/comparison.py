@@ -24,6 +24,7 @@ from captum_llm_ext.metrics.curves import FRACTIONS, MEASURES
 from captum_llm_ext.metrics.judging import Faithfulness
 from captum_llm_ext.metrics.removal import MOST_STEPS, Removal, feature_attr, open_prompts
 from captum_llm_ext.model.checks import check_pair
+from captum_llm_ext.model.lock import only_one_call
 from captum_llm_ext.perturbations.masked_prompts import MaskedPrompts
 from captum_llm_ext.registry import METHODS
 from captum_llm_ext.scoring.checks import check_counts
@@ -198,18 +199,21 @@ def compare_methods(
     generator = generator or torch.Generator().manual_seed(0)
     rows: list[dict[str, Any]] = []
     pairs = list(zip(prompts, _targets(prompts, targets), strict=True))
-    for number, (prompt, target) in enumerate(tqdm(pairs, disable=not show_progress)):
-        inp = with_drawn_baselines(as_input(prompt, tokenizer))
-        masked = open_prompts(
-            model,
-            tokenizer,
-            inp,
-            Request(target, beginning if target is not None else gen_args, attr_target=attr_target),
-            baselines if isinstance(inp, CaptumTextTokenInput) else None,
-            rows=internal_batch_size,
-        )
-        judged = _judged(model, tokenizer, inp, masked, named, removal, generator)
-        rows += [{"prompt": number, **row} for row in judged]
+    with only_one_call(model):
+        for number, (prompt, target) in enumerate(tqdm(pairs, disable=not show_progress)):
+            inp = with_drawn_baselines(as_input(prompt, tokenizer))
+            masked = open_prompts(
+                model,
+                tokenizer,
+                inp,
+                Request(
+                    target, beginning if target is not None else gen_args, attr_target=attr_target
+                ),
+                baselines if isinstance(inp, CaptumTextTokenInput) else None,
+                rows=internal_batch_size,
+            )
+            judged = _judged(model, tokenizer, inp, masked, named, removal, generator)
+            rows += [{"prompt": number, **row} for row in judged]
     import pandas
 
     return MethodComparison.of(pandas.DataFrame(rows), n_bootstrap, confidence, generator)

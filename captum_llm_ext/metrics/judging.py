@@ -16,6 +16,7 @@ from captum_llm_ext.inputs.baselines import BaselineSpec
 from captum_llm_ext.metrics.curves import FRACTIONS, MEASURES, RemovalCurves
 from captum_llm_ext.metrics.removal import MOST_STEPS, Removal, feature_attr, open_prompts
 from captum_llm_ext.model.checks import check_pair
+from captum_llm_ext.model.lock import only_one_call
 from captum_llm_ext.scoring.tasks import Request, gen_args_of_target
 
 if TYPE_CHECKING:
@@ -174,16 +175,17 @@ def faithfulness(
     """
     check_pair(model, tokenizer)
     removal = Removal(absolute, fractions, n_steps, n_random)
-    prompts = open_prompts(
-        model,
-        tokenizer,
-        result.inp if inp is None else inp,
-        Request(target, gen_args_of_target(model, gen_args), contrast_target, attr_target),
-        baselines,
-        reuse_prefix,
-        internal_batch_size,
-        show_progress,
-    )
-    generator = generator or torch.Generator().manual_seed(0)
-    attr = feature_attr(result, prompts)
-    return Faithfulness(*removal.curves(prompts, [attr], generator))
+    with only_one_call(model):
+        prompts = open_prompts(
+            model,
+            tokenizer,
+            result.inp if inp is None else inp,
+            Request(target, gen_args_of_target(model, gen_args), contrast_target, attr_target),
+            baselines,
+            reuse_prefix,
+            internal_batch_size,
+            show_progress,
+        )
+        generator = generator or torch.Generator().manual_seed(0)
+        attr = feature_attr(result, prompts)
+        return Faithfulness(*removal.curves(prompts, [attr], generator))

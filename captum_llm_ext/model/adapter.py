@@ -8,7 +8,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from captum_llm_ext.model.layers import Site, decoder_blocks, module_from_getter
+from captum_llm_ext.model.layers import (
+    Site,
+    decoder_blocks,
+    find_token_embedding,
+    module_from_getter,
+    owner_of,
+)
 
 CAUSAL, SEQ2SEQ, QA = "causal", "seq2seq", "qa"
 
@@ -72,10 +78,10 @@ class Adapter(nn.Module, Layout):
 
     @property
     def config(self) -> Any:
-        return getattr(self.model, "config", None)
+        return getattr(owner_of(self.model, "config"), "config", None)
 
     def get_input_embeddings(self) -> nn.Module | None:
-        return module_from_getter(self.model, "get_input_embeddings")
+        return find_token_embedding(self.model)
 
     def get_output_embeddings(self) -> nn.Module | None:
         return module_from_getter(self.model, "get_output_embeddings")

@@ -14,6 +14,8 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
+from captum_llm_ext.model.compiled import original
+
 _CLASSES = "and this package does not attribute the scores of classes yet"
 # Names of classes → what these models are.
 WITHOUT_LM_HEAD = {
@@ -78,7 +80,7 @@ def check_model(model: Any) -> None:
         raise TypeError(
             f"expected a model first, got {_named(model)}{_advice(model, MODEL_ADVICE)}"
         )
-    model = without_peft(model)
+    model = unwrapped(model)
     if isinstance(model, PreTrainedModel):
         check_head(type(model).__name__)
 
@@ -103,7 +105,7 @@ def check_reads_tokens(model: nn.Module) -> None:
     Raises:
         ValueError: what the model reads first.
     """
-    model = without_peft(model)
+    model = unwrapped(model)
     reads = getattr(model, "main_input_name", "input_ids")
     if isinstance(model, PreTrainedModel) and reads != "input_ids":
         raise ValueError(
@@ -128,10 +130,13 @@ def check_weights(model: nn.Module) -> None:
         )
 
 
-def without_peft(model: nn.Module) -> nn.Module:
-    """The model of transformers inside a PeftModel, else the model itself."""
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model that PEFT, torch.compile or DataParallel wrap, else the model itself."""
+    model = original(model)
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        return unwrapped(model.module)
     base = getattr(model, "get_base_model", None)
-    return base() if callable(base) else model
+    return original(base()) if callable(base) else model
 
 
 Advice = tuple[tuple[Callable[[Any], bool], str], ...]

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from captum_llm_ext.model.adapter import Adapter, Part
 from captum_llm_ext.model.hooks import is_ids
-from captum_llm_ext.model.layers import Site, find_token_embedding, token_embedding
+from captum_llm_ext.model.layers import Site, find_token_embedding, owner_of, token_embedding
 
 
 class EncoderDecoder(Adapter):
@@ -30,7 +30,7 @@ class EncoderDecoder(Adapter):
     def __init__(self, model: Any, n_encoder: int, beginning: Sequence[int]) -> None:
         super().__init__(model)
         self.n_encoder, self.beginning = n_encoder, list(beginning)
-        self.embeddings = TokenEmbeddings.of(model, n_encoder)
+        self.embeddings = TokenEmbeddings.of(owner_of(model, "get_encoder"), n_encoder)
 
     def get_input_embeddings(self) -> nn.Module | None:
         return self.embeddings
@@ -176,7 +176,8 @@ def decoder_beginning(model: nn.Module, gen_args: Mapping[str, Any]) -> list[int
     """
     start = _generation_setting(model, gen_args, "decoder_start_token_id")
     if start is None:
-        start = getattr(getattr(model, "config", None), "decoder_start_token_id", None)
+        config = getattr(owner_of(model, "config"), "config", None)
+        start = getattr(config, "decoder_start_token_id", None)
     if not isinstance(start, int):
         raise ValueError(
             f"{type(model).__name__} does not say which token its decoder starts with: set "
@@ -194,7 +195,8 @@ def _generation_setting(model: nn.Module, gen_args: Mapping[str, Any], name: str
     """A setting as ``generate`` reads it: the argument, else its config, else the model's."""
     if name in gen_args:
         return gen_args[name]
-    configs = (gen_args.get("generation_config"), getattr(model, "generation_config", None))
+    owner = owner_of(model, "generation_config")
+    configs = (gen_args.get("generation_config"), getattr(owner, "generation_config", None))
     values = (getattr(config, name, None) for config in configs)
     return next((value for value in values if value is not None), None)
 

@@ -11,6 +11,8 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
+from captum_llm_ext.model.compiled import original_name
+
 LayerSpec = nn.Module | str
 
 
@@ -47,7 +49,7 @@ def find_layers(model: nn.Module, *patterns: str) -> dict[str, nn.Module]:
         raise TypeError(f"find_layers expects a model first, got {type(model).__name__}")
     if not patterns:
         raise ValueError("find_layers expects at least one pattern, e.g. 'q_proj'; got none")
-    names = [name for name, _ in model.named_modules() if name]
+    names = [name for name, _ in named_layers(model) if name]
     for pattern in patterns:
         if not isinstance(pattern, str):
             raise TypeError(f"a layer pattern must be a str, got {type(pattern).__name__}")
@@ -55,7 +57,7 @@ def find_layers(model: nn.Module, *patterns: str) -> dict[str, nn.Module]:
             raise _no_match(pattern, names)
     return {
         name: module
-        for name, module in model.named_modules()
+        for name, module in named_layers(model)
         if name and any(_matches(name, pattern) for pattern in patterns)
     }
 
@@ -70,7 +72,7 @@ def resolve_sites(
     """
     several = not isinstance(layer, nn.Module | str) or isinstance(layer, nn.ModuleList)
     specs: Sequence[LayerSpec] = list(layer) if several else [layer]  # type: ignore
-    names = {module: name for name, module in model.named_modules()}
+    names = {module: name for name, module in named_layers(model)}
     modules: dict[str, nn.Module] = {}
     for spec in specs:
         if isinstance(spec, str):
@@ -83,6 +85,11 @@ def resolve_sites(
         raise ValueError("expected at least one layer, got an empty list")
     sites = [Site(name, module, at_input) for name, module in modules.items()]
     return sites, several or len(sites) > 1
+
+
+def named_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Names and modules, named as if nothing were compiled; an original follows its wrapper."""
+    return [(original_name(name), module) for name, module in model.named_modules()]
 
 
 def _matches(name: str, pattern: str) -> bool:
@@ -136,7 +143,8 @@ def token_embedding(model: nn.Module) -> nn.Module:
 
 def find_token_embedding(model: nn.Module) -> nn.Module | None:
     """The embedding that the model names, or its only one, or None."""
-    named = module_from_getter(model, "get_input_embeddings")
+    owner = owner_of(model, "get_input_embeddings")
+    named = module_from_getter(model if owner is None else owner, "get_input_embeddings")
     if named is None:  # halves that are plain modules, as FSMT's, keep to the name all the same
         named = getattr(model, "embed_tokens", None)
     if isinstance(named, nn.Module):
@@ -148,6 +156,24 @@ def find_token_embedding(model: nn.Module) -> nn.Module | None:
 def output_head(model: nn.Module) -> nn.Module | None:
     """The layer that gives the logits, where the model names it."""
     return module_from_getter(model, "get_output_embeddings")
+
+
+def owner_of(model: nn.Module, attribute: str) -> nn.Module | None:
+    """The model, or the one inside its wrappers, that has the attribute; None where none has.
+
+    A wrapper hands on what it is given: it takes any keyword, and has one child alone.
+    """
+    while not hasattr(model, attribute):
+        children = list(model.children())
+        if len(children) != 1 or not takes_any_keyword(model):
+            return None
+        (model,) = children
+    return model
+
+
+def takes_any_keyword(model: nn.Module) -> bool:
+    parameters = inspect.signature(model.forward).parameters.values()
+    return any(p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 def module_from_getter(model: nn.Module, getter: str) -> nn.Module | None:
@@ -179,8 +205,3 @@ def embed(ids: Tensor, model: nn.Module) -> Tensor:
     """The embeddings (…, hidden) of token ids, as the model embeds them, in float32."""
     values: Tensor = token_embedding(model)(ids.to(input_device(model)))
     return values.float()
-
-
-def accepts(model: nn.Module, argument: str) -> bool:
-    """Whether the model's forward has an argument of this name."""
-    return argument in inspect.signature(model.forward).parameters

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from captum_llm_ext.compat import Cache, DynamicLayer, DynamicSlidingWindowLayer
-from captum_llm_ext.model.layers import accepts
 
 
 class PrefixCache:
     """Keys and values of the first tokens of `ids` (length,).
 
-    cache: what a pass over `ids` and any tokens after them returned; n_tokens: how many tokens it
-    holds.
+    call: runs the model on ids, with those of the options that it takes; cache: what a pass over
+    `ids` and any tokens after them returned; n_tokens: how many tokens it holds.
 
     Caches with a sliding window cannot be cropped. For these the prefix runs piece by piece, and
     each longer one continues the shorter one before it: take short prefixes first.
     """
 
-    def __init__(self, model: nn.Module, ids: Tensor, cache: Any, n_tokens: int) -> None:
-        self.model, self.ids = model, ids
+    def __init__(self, call: Callable[..., Any], ids: Tensor, cache: Any, n_tokens: int) -> None:
+        self.call, self.ids = call, ids
         self.cache, self.n_tokens = cache, n_tokens
         self._prefix: Any = None  # the cache of the last prefix
         self._n_prefix = -1
@@ -53,10 +53,8 @@ class PrefixCache:
             self._grown, self._n_grown = None, 0
         if n_prefix > self._n_grown:
             ids = self.ids[None, self._n_grown : n_prefix]
-            options = {"past_key_values": self._grown, "use_cache": True}
-            if accepts(self.model, "logits_to_keep"):
-                options["logits_to_keep"] = 1
-            self._grown, self._n_grown = self.model(ids, **options).past_key_values, n_prefix
+            output = self.call(ids, past_key_values=self._grown, use_cache=True, logits_to_keep=1)
+            self._grown, self._n_grown = output.past_key_values, n_prefix
         return self._grown
 
 

@@ -88,12 +88,15 @@ def dequantized_products(model: nn.Module) -> AbstractContextManager[None]:
 def quiet_bitsandbytes() -> Iterator[None]:
     """Hold back the note of bitsandbytes that it casts its input, which every product writes."""
     logger = logging.getLogger("bitsandbytes.autograd._functions")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+
+    def is_error(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR
+
+    logger.addFilter(is_error)  # one for each call, in whatever order threads come and go
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logger.removeFilter(is_error)
 
 
 def _is_quantized(module: nn.Module) -> bool:

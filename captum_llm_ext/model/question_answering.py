@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from captum_llm_ext.model.adapter import Adapter, Part
-from captum_llm_ext.model.layers import accepts
+from captum_llm_ext.model.keywords import taken_by
+from captum_llm_ext.model.layers import input_device
 
 
 class QuestionAnswering(Adapter):
@@ -27,6 +29,9 @@ class QuestionAnswering(Adapter):
     def __init__(self, model: nn.Module, context: Part) -> None:
         super().__init__(model)
         self.context_span = context
+        ids = torch.zeros(1, 1, dtype=torch.long, device=input_device(model))
+        run = partial(model, input_ids=ids, attention_mask=torch.ones_like(ids))
+        self.takes_types = bool(taken_by(model, run, {"token_type_ids": ids}))
 
     def get_output_embeddings(self) -> None:
         return None  # the layer of the logits reads every position, not one for each target
@@ -47,7 +52,7 @@ class QuestionAnswering(Adapter):
     def _token_types(self, ids: Tensor) -> dict[str, Tensor]:
         """Types that are 1 from the context on, for models that tell question and context so."""
         n_types = getattr(self.config, "type_vocab_size", 0) or 0
-        if n_types < 2 or not accepts(self.model, "token_type_ids"):
+        if n_types < 2 or not self.takes_types:
             return {}
         types = torch.arange(ids.size(1), device=ids.device) >= self.context_span[0]
         return {"token_type_ids": types.long().expand_as(ids)}

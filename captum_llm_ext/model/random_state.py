@@ -10,6 +10,8 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
+from captum_llm_ext.model.lock import holding
+
 
 @contextmanager
 def seeded(*seeds: int) -> Iterator[None]:
@@ -20,16 +22,17 @@ def seeded(*seeds: int) -> Iterator[None]:
     """
     # One seed of 32 bits, which is what numpy takes; neighbouring seeds share nothing in it.
     seed = int.from_bytes(hashlib.sha256(repr(seeds).encode()).digest()[:4], "big")
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        random.seed(seed)
-        np.random.seed(seed)
-        torch.manual_seed(seed)
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(cpu)
+    with holding(random):  # the generators are the whole process's
+        python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+        try:
+            random.seed(seed)
+            np.random.seed(seed)
+            torch.manual_seed(seed)
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+            torch.set_rng_state(cpu)
 
 
 @contextmanager

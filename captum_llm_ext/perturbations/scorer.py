@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from captum_llm_ext.inputs.targets import Target
 from captum_llm_ext.model.adapter import Adapter, layout_of
-from captum_llm_ext.model.layers import accepts, output_head
+from captum_llm_ext.model.layers import output_head
 from captum_llm_ext.model.memory import Halving, free_bytes
 from captum_llm_ext.model.prefix_cache import PrefixCache, can_be_cropped
 from captum_llm_ext.model.quantized import quantization_of
@@ -114,7 +114,7 @@ class PromptScorer:
             return
         if can_be_cropped(self.probe.cache):
             length = self.forcing.row.length
-            cache = PrefixCache(self.model, self.reference, self.probe.cache, length)
+            cache = PrefixCache(self.forcing.call, self.reference, self.probe.cache, length)
             yield partial(self._in_batches, cache=cache)
         yield self._in_batches
 
@@ -187,11 +187,11 @@ class PromptScorer:
         ids = pad_sequence(rows, batch_first=True)
         last = torch.tensor([len(p) - n_cached - 1 for p in prompts], device=ids.device)
         positions = last[:, None] + torch.arange(len(self.target), device=ids.device)
-        options: dict[str, Any] = {"use_cache": False} if accepts(self.model, "use_cache") else {}
+        options: dict[str, Any] = {"use_cache": False}
         if n_cached and cache is not None:
             options = {"use_cache": True, "past_key_values": cache.at(n_cached, len(prompts))}
         with _head_reads_only(self.model, positions):
-            logits = read_logits(self.model(ids, **options))
+            logits = read_logits(self.forcing.call(ids, **options))
         return logits if logits.size(1) == positions.size(1) else _take(logits, positions)
 
 

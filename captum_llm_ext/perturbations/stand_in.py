@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
+from captum_llm_ext.model.checks import unwrapped
 from captum_llm_ext.perturbations.masked_prompts import MaskedPrompts
 from captum_llm_ext.warning import warn
 
@@ -23,7 +24,11 @@ def warn_of_hiding_stand_in(masked: MaskedPrompts) -> None:
     """Warn where one id stands for every absent token and hides the tokens before it."""
     ids = getattr(masked.inp, "baseline_ids", None)
     forcing = masked.scorer.forcing
-    if ids is None or not isinstance(forcing.model, PreTrainedModel) or not masked.is_causal:
+    if (
+        ids is None
+        or not isinstance(unwrapped(forcing.model), PreTrainedModel)
+        or not masked.is_causal
+    ):
         return
     if ids.numel() < FEWEST_FEATURES or len(ids.unique()) > 1:
         return

@@ -24,6 +24,7 @@ from captum_llm_ext.inputs.targets import (
     generation_settings,
 )
 from captum_llm_ext.model.checks import check_pair
+from captum_llm_ext.model.lock import one_call_at_a_time
 from captum_llm_ext.model.quantized import quiet_bitsandbytes
 from captum_llm_ext.perturbations.captum_methods import CaptumMethod, check_needs
 from captum_llm_ext.perturbations.masked_prompts import (
@@ -165,6 +166,7 @@ class LLMAttribution(CaptumLLMAttribution):
                 f"(it takes {', '.join(sorted(names))})"
             )
 
+    @one_call_at_a_time
     def attribute(
         self,
         inp: InterpretableInput,

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from captum_llm_ext.compat import InterpretableInput
 from captum_llm_ext.inputs.features import Features
 from captum_llm_ext.model.adapter import CAUSAL, Adapter
 from captum_llm_ext.model.checks import check_reads_tokens
+from captum_llm_ext.model.compiled import original
 from captum_llm_ext.model.hooks import evaluating
-from captum_llm_ext.model.layers import accepts
+from captum_llm_ext.model.keywords import taken_by
 from captum_llm_ext.model.prefix_cache import PrefixCache, can_be_cropped
 from captum_llm_ext.scoring.checks import (
     check_causal,
@@ -24,7 +27,7 @@ from captum_llm_ext.scoring.checks import (
 )
 from captum_llm_ext.scoring.context import check_context, generating
 from captum_llm_ext.scoring.tasks import Request, Task, task_of
-from captum_llm_ext.scoring.teacher_forcing import Pass, TeacherForcing
+from captum_llm_ext.scoring.teacher_forcing import Pass, TeacherForcing, last_positions
 
 FEWEST_REUSED = 8  # a shorter prefix costs more to keep than to compute again
 
@@ -60,9 +63,14 @@ class Prepared:
         model, target = self.forcing.model, self.forcing.target
         alone = isinstance(model, Adapter) or target.of_positions
         with evaluating(model):  # dropout would look like a model that is not causal
-            cache = use_cache and keeps_cache(model)
+            cache = use_cache and self._keeps_cache
             probe = self.forcing.probe(cache, of_prompt=filled_up and not alone)
         return replace(self, probe=probe, causal=check_causal(self.forcing, probe, product))
+
+    @property
+    def _keeps_cache(self) -> bool:
+        """Whether the model's forward takes and gives a key/value cache."""
+        return self.forcing.takes("past_key_values") and self.forcing.takes("use_cache")
 
     def probed_for(self, features: Features, reuse_prefix: bool) -> Prepared:
         """The same, probed, with the tokens that precede all features from the cache."""
@@ -77,7 +85,7 @@ class Prepared:
             return self
         forcing = self.forcing
         ids, length = forcing.prompt_ids[0], forcing.row.length
-        prefix = PrefixCache(forcing.model, ids, self.probe.cache, length)
+        prefix = PrefixCache(forcing.call, ids, self.probe.cache, length)
         shorter = replace(forcing, prefix=prefix, n_cached=n_cached)
         with torch.no_grad(), evaluating(forcing.model):
             scored = shorter.run(shorter.fed(shorter.whole), shorter.whole)
@@ -95,16 +103,24 @@ def prepare(
     """
     check_reads_tokens(model)
     task = task_of(model)
+    model = original(model)
     with generating(model, prompt.size(1)) if request.target is None else nullcontext():
         forcing = task.teacher_forcing(model, tokenizer, prompt, request)
     check_ids(forcing)
     check_context(forcing)
     if task.name == CAUSAL:
         warn_of_ended_prompt(inp, prompt, tokenizer)
+    run = partial(forcing.model, forcing.prompt_ids[:, :1])
+    forcing = replace(forcing, keywords=taken_by(forcing.model, run, _options(forcing)))
     names = task.output_tokens(forcing, tokenizer), task.output_labels(forcing, tokenizer)
     return Prepared(task, forcing, *names)
 
 
-def keeps_cache(model: nn.Module) -> bool:
-    """Whether the model's forward takes and gives a key/value cache."""
-    return accepts(model, "past_key_values") and accepts(model, "use_cache")
+def _options(forcing: TeacherForcing) -> dict[str, Any]:
+    """The options that passes use where the model has them, with values that change no score."""
+    return {
+        "use_cache": False,
+        "past_key_values": DynamicCache(),
+        "logits_to_keep": last_positions(forcing.model, 1),
+        "output_attentions": False,
+    }

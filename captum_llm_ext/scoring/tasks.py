@@ -32,6 +32,7 @@ from captum_llm_ext.model.encoder_decoder import (
     decoder_beginning,
     reached_forced_end,
 )
+from captum_llm_ext.model.layers import owner_of
 from captum_llm_ext.model.question_answering import (
     QuestionAnswering,
     checked_positions,
@@ -82,7 +83,8 @@ class Task:
 def task_of(model: nn.Module) -> Task:
     """The task of a model, by its configuration and the classes that it is made of."""
     class_names = [type(module).__name__ for module in model.modules()]
-    return TASKS[kind_of(getattr(model, "config", None), class_names)]
+    config = getattr(owner_of(model, "config"), "config", None)
+    return TASKS[kind_of(config, class_names)]
 
 
 def _causal(model: nn.Module, tokenizer: Any, prompt: Tensor, request: Request) -> TeacherForcing:

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 
 from captum_llm_ext.inputs.targets import Target
 from captum_llm_ext.model.hooks import HeadInput, embedding_leaves, split_at_head
-from captum_llm_ext.model.layers import Site, accepts
+from captum_llm_ext.model.keywords import named_by
+from captum_llm_ext.model.layers import Site
 from captum_llm_ext.model.memory import counting_saved_bytes
 from captum_llm_ext.model.prefix_cache import PrefixCache
 from captum_llm_ext.model.quantized import quantization_of
@@ -33,7 +34,8 @@ class TeacherForcing:
     """A model, the ids of a prompt (1, n_prompt) and a target: all that the scores depend on.
 
     prefix: the cache that the first `n_cached` tokens of the prompt come from; dtype: what the
-    passes are cast to, None for the model's own.
+    passes are cast to, None for the model's own; keywords: the options that the model's forward
+    takes, None for those that it names.
     """
 
     model: nn.Module
@@ -42,6 +44,7 @@ class TeacherForcing:
     prefix: PrefixCache | None = None
     n_cached: int = 0
     dtype: torch.dtype | None = None
+    keywords: frozenset[str] | None = None
 
     @cached_property
     def row(self) -> Row:
@@ -65,6 +68,14 @@ class TeacherForcing:
         """The ids (1, n_fed) that the model is fed to score the span."""
         return self.row.fed(self.ids, span)
 
+    def takes(self, option: str) -> bool:
+        """Whether the model's forward has an option of this name."""
+        return option in (named_by(self.model) if self.keywords is None else self.keywords)
+
+    def call(self, ids: Tensor, **options: Any) -> Any:
+        """The model's output for ids (rows, n), with those of the options that it takes."""
+        return self.model(ids, **{name: x for name, x in options.items() if self.takes(name)})
+
     def run(
         self,
         ids: Tensor,
@@ -79,9 +90,8 @@ class TeacherForcing:
         model, left out where its forward does not have them.
         """
         # Logits over the vocabulary are dear, so only the scored positions get them.
-        kept = _last_positions(self.model, len(span))
+        kept = last_positions(self.model, len(span))
         options = {"use_cache": use_cache, "logits_to_keep": kept, **more}
-        options = {name: value for name, value in options.items() if accepts(self.model, name)}
         if self.prefix is not None and self.n_cached:
             cache = self.prefix.at(self.n_cached, len(ids))
             options |= {"use_cache": True, "past_key_values": cache}
@@ -89,7 +99,7 @@ class TeacherForcing:
         if self.dtype is not None:
             cast = torch.autocast(self.prompt_ids.device.type, self.dtype)  # type: ignore[assignment]
         with cast, split_at_head(self.model, sites) as head:
-            output = self.model(ids, **options)
+            output = self.call(ids, **options)
         cache = getattr(output, "past_key_values", None) if use_cache else None
         logits = read_logits(output)[:, -len(span) :]
         precision = lower(logits.dtype, self.precision)
@@ -232,7 +242,7 @@ class Pass:
         return self.head.below, torch.autograd.grad(score, self.head.above, retain_graph=True)[0]
 
 
-def _last_positions(model: nn.Module, n: int) -> int | Tensor:
+def last_positions(model: nn.Module, n: int) -> int | Tensor:
     """The last `n` positions, as an argument of the model.
 
     A number lets Gemma 4 shorten its last layers, so models of transformers get a tensor: it says
