@@ -73,11 +73,11 @@ class OneDevice(TorchDispatchMode):
 
 
 def start_of_zeros(
-    baselines: Any, inp: Any, ids: Tensor, replaced: Tensor, model: Any
+    spec: Any, ids: Tensor, replaced: Tensor, tokenizer: Any, model: Any
 ) -> PathStart:
     """A path's start by token ids, or by embeddings for a baseline that has a name."""
     width = model.get_input_embeddings().embedding_dim
-    named = isinstance(baselines, str)
+    named = isinstance(spec, str)
     embeddings = torch.zeros(len(replaced), width, device=ids.device) if named else None
     return PathStart(torch.zeros_like(ids), replaced, embeddings)
 
