@@ -127,8 +127,8 @@ def test_list_of_the_llama_3_notebook(demo_model: Any) -> None:
     assert_close(result["model.layers.20.self_attn.v_proj"].token_attr, alone.token_attr)
 
 
-def test_integrated_gradients_of_a_few_layers_at_once(demo_model: Any) -> None:
-    model, tokenizer = demo_model
+def test_integrated_gradients_of_a_few_layers_at_once(wide_model: tuple[Any, Any]) -> None:
+    model, tokenizer = wide_model
     inp = TextTokenInput("The capital of France is", tokenizer)
     names = ["model.layers.3.mlp", "model.layers.25"]
     both = {"target": " Paris.", "tokenizer": tokenizer}
@@ -136,4 +136,4 @@ def test_integrated_gradients_of_a_few_layers_at_once(demo_model: Any) -> None:
     for name in names:
         layer = model.get_submodule(name)
         expected = captum_attribution(LayerIntegratedGradients, model, layer, inp, **both)
-        assert_close(result[name].token_attr, expected.token_attr)
+        assert_close(result[name].token_attr, expected.token_attr, 1e-5)
