@@ -12,7 +12,7 @@ from torch import nn
 from captum_llm_ext.compat import InterpretableInput
 from captum_llm_ext.inputs.prompts import as_input
 from captum_llm_ext.model.adapter import QA
-from captum_llm_ext.model.checks import check_pair
+from captum_llm_ext.model.suitability import check_pair
 from captum_llm_ext.registry import METHODS, load, method_named
 from captum_llm_ext.results.single import LLMAttributionResult
 from captum_llm_ext.scoring.tasks import task_of

@@ -21,7 +21,6 @@ from captum_llm_ext.compat import (
 )
 from captum_llm_ext.inputs.features import Features, read_features
 from captum_llm_ext.model.adapter import QA, SEQ2SEQ
-from captum_llm_ext.model.checks import check_pair
 from captum_llm_ext.model.encoder_decoder import EncoderDecoder
 from captum_llm_ext.model.layers import (
     LayerSpec,
@@ -32,6 +31,7 @@ from captum_llm_ext.model.layers import (
     resolve_sites,
 )
 from captum_llm_ext.model.lock import one_call_at_a_time
+from captum_llm_ext.model.suitability import check_pair
 from captum_llm_ext.results.attention import LLMAttentionAttributionResult
 from captum_llm_ext.scoring.checks import warn_of_dropout
 from captum_llm_ext.scoring.positions import Positions

@@ -37,12 +37,12 @@ from captum_llm_ext.inputs.baselines import (
 from captum_llm_ext.inputs.features import Features, baseline_tokens, read_features
 from captum_llm_ext.inputs.targets import GRADIENT_TARGETS, check_attr_target
 from captum_llm_ext.model.adapter import layout_of
-from captum_llm_ext.model.checks import check_pair, check_weights
 from captum_llm_ext.model.hooks import differentiable
 from captum_llm_ext.model.layers import input_device, owner_of, resolve_sites
 from captum_llm_ext.model.lock import one_call_at_a_time
 from captum_llm_ext.model.quantized import dequantized_products, quiet_bitsandbytes
 from captum_llm_ext.model.random_state import same_random_state
+from captum_llm_ext.model.suitability import check_pair, check_weights
 from captum_llm_ext.registry import load, method_named
 from captum_llm_ext.results.single import LLMAttributionResult
 from captum_llm_ext.scoring.checks import check_counts, check_gradients, warn_of_low_precision

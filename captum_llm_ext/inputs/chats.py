@@ -11,7 +11,7 @@ from captum_llm_ext.compat import InterpretableInput
 from captum_llm_ext.inputs.segments import PATTERNS, Span, find_segments, template_of_spans
 from captum_llm_ext.inputs.templates import value_spans
 from captum_llm_ext.inputs.tokens import tokens_in_spans
-from captum_llm_ext.model.checks import check_tokenizer
+from captum_llm_ext.model.suitability import check_tokenizer
 
 CHAT_FEATURES = ("token", "message", *PATTERNS)
 

@@ -8,7 +8,7 @@ from typing import Any
 from captum_llm_ext.compat import InterpretableInput
 from captum_llm_ext.inputs.segments import PATTERNS, find_segments, template_of_spans
 from captum_llm_ext.inputs.tokens import token_input
-from captum_llm_ext.model.checks import check_tokenizer
+from captum_llm_ext.model.suitability import check_tokenizer
 
 PARTS = ("question", "context")
 QA_FEATURES = ("token", "part", *PATTERNS)

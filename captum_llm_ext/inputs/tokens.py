@@ -18,7 +18,7 @@ from captum_llm_ext.inputs.baselines import (
     baseline_of_input,
     token_ids,
 )
-from captum_llm_ext.model.checks import check_tokenizer
+from captum_llm_ext.model.suitability import check_tokenizer
 
 
 class TextTokenInput(CaptumTextTokenInput):

@@ -23,8 +23,8 @@ from captum_llm_ext.inputs.templates import with_drawn_baselines
 from captum_llm_ext.metrics.curves import FRACTIONS, MEASURES
 from captum_llm_ext.metrics.judging import Faithfulness
 from captum_llm_ext.metrics.removal import MOST_STEPS, Removal, feature_attr, open_prompts
-from captum_llm_ext.model.checks import check_pair
 from captum_llm_ext.model.lock import only_one_call
+from captum_llm_ext.model.suitability import check_pair
 from captum_llm_ext.perturbations.masked_prompts import MaskedPrompts
 from captum_llm_ext.registry import METHODS
 from captum_llm_ext.scoring.checks import check_counts

@@ -15,8 +15,8 @@ from captum_llm_ext.display import draw_removal_curves
 from captum_llm_ext.inputs.baselines import BaselineSpec
 from captum_llm_ext.metrics.curves import FRACTIONS, MEASURES, RemovalCurves
 from captum_llm_ext.metrics.removal import MOST_STEPS, Removal, feature_attr, open_prompts
-from captum_llm_ext.model.checks import check_pair
 from captum_llm_ext.model.lock import only_one_call
+from captum_llm_ext.model.suitability import check_pair
 from captum_llm_ext.scoring.tasks import Request, gen_args_of_target
 
 if TYPE_CHECKING:

@@ -27,8 +27,8 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from captum_llm_ext.model.adapter import CAUSAL, QA, SEQ2SEQ, kind_of
-from captum_llm_ext.model.checks import check_head
 from captum_llm_ext.model.layers import input_device
+from captum_llm_ext.model.suitability import check_head
 from captum_llm_ext.warning import warn
 
 AUTO_CLASSES: dict[str, Any] = {

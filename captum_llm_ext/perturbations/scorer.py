@@ -15,7 +15,6 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from captum_llm_ext.inputs.targets import Target
 from captum_llm_ext.model.adapter import Adapter, layout_of
 from captum_llm_ext.model.layers import output_head
 from captum_llm_ext.model.memory import Halving, free_bytes
@@ -23,6 +22,7 @@ from captum_llm_ext.model.prefix_cache import PrefixCache, can_be_cropped
 from captum_llm_ext.model.quantized import quantization_of
 from captum_llm_ext.scoring.context import check_context
 from captum_llm_ext.scoring.preparation import FEWEST_REUSED, Prepared
+from captum_llm_ext.scoring.target_scores import Target
 from captum_llm_ext.scoring.teacher_forcing import (
     PASS_OVERHEAD,
     Pass,

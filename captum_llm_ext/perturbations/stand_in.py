@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
-from captum_llm_ext.model.checks import unwrapped
+from captum_llm_ext.model.suitability import unwrapped
 from captum_llm_ext.perturbations.masked_prompts import MaskedPrompts
 from captum_llm_ext.warning import warn
 

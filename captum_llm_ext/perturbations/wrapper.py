@@ -23,9 +23,9 @@ from captum_llm_ext.inputs.targets import (
     check_attr_target,
     generation_settings,
 )
-from captum_llm_ext.model.checks import check_pair
 from captum_llm_ext.model.lock import one_call_at_a_time
 from captum_llm_ext.model.quantized import quiet_bitsandbytes
+from captum_llm_ext.model.suitability import check_pair
 from captum_llm_ext.perturbations.captum_methods import CaptumMethod, check_needs
 from captum_llm_ext.perturbations.masked_prompts import (
     InspectForward,

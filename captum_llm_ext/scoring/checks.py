@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from captum_llm_ext.compat import InterpretableInput
 from captum_llm_ext.inputs.features import ends_by_itself
-from captum_llm_ext.inputs.targets import Target
 from captum_llm_ext.model.hooks import embedding_leaves, reading
 from captum_llm_ext.model.layers import Site, decoder_blocks, find_token_embedding
 from captum_llm_ext.model.quantized import quantization_of
 from captum_llm_ext.model.random_state import same_random_state
+from captum_llm_ext.scoring.target_scores import Target
 from captum_llm_ext.scoring.teacher_forcing import Pass, TeacherForcing
 from captum_llm_ext.warning import warn
 

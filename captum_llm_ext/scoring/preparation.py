@@ -14,11 +14,11 @@ from transformers import DynamicCache
 from captum_llm_ext.compat import InterpretableInput
 from captum_llm_ext.inputs.features import Features
 from captum_llm_ext.model.adapter import CAUSAL, Adapter
-from captum_llm_ext.model.checks import check_reads_tokens
 from captum_llm_ext.model.compiled import original
 from captum_llm_ext.model.hooks import evaluating
 from captum_llm_ext.model.keywords import taken_by
 from captum_llm_ext.model.prefix_cache import PrefixCache, can_be_cropped
+from captum_llm_ext.model.suitability import check_reads_tokens
 from captum_llm_ext.scoring.checks import (
     check_causal,
     check_ids,

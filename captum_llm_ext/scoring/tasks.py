@@ -16,7 +16,6 @@ from transformers import PreTrainedTokenizerBase
 from captum_llm_ext.compat import DEFAULT_GEN_ARGS, InterpretableInput
 from captum_llm_ext.inputs.features import with_fixed_positions
 from captum_llm_ext.inputs.targets import (
-    Target,
     contrast_ids,
     encode_target,
     generated_ids,
@@ -40,6 +39,7 @@ from captum_llm_ext.model.question_answering import (
     find_context,
     predict_answer,
 )
+from captum_llm_ext.scoring.target_scores import Target
 from captum_llm_ext.scoring.teacher_forcing import TeacherForcing
 from captum_llm_ext.warning import warn
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from captum_llm_ext.inputs.targets import Target
 from captum_llm_ext.model.hooks import HeadInput, embedding_leaves, split_at_head
 from captum_llm_ext.model.keywords import named_by
 from captum_llm_ext.model.layers import Site
@@ -21,6 +20,7 @@ from captum_llm_ext.model.memory import counting_saved_bytes
 from captum_llm_ext.model.prefix_cache import PrefixCache
 from captum_llm_ext.model.quantized import quantization_of
 from captum_llm_ext.scoring.positions import Row, TargetSpan
+from captum_llm_ext.scoring.target_scores import Target
 
 # What a pass costs besides its tokens, in tokens: every pass reads all the weights once.
 PASS_OVERHEAD = 40

@@ -27,7 +27,7 @@ from captum_llm_ext import (
     faithfulness,
     qa_input,
 )
-from captum_llm_ext.model.checks import check_head, check_pair
+from captum_llm_ext.model.suitability import check_head, check_pair
 from tests.models.encoder_decoder import tiny_seq2seq
 from tests.models.families import (
     PROMPT,

@@ -29,7 +29,6 @@ from captum_llm_ext.gradients import path, trace
 from captum_llm_ext.gradients import wrapper as gradient
 from captum_llm_ext.inputs.baselines import PathStart
 from captum_llm_ext.inputs.features import Features
-from captum_llm_ext.inputs.targets import Target
 from captum_llm_ext.model import hooks
 from captum_llm_ext.model.layers import input_device
 from captum_llm_ext.perturbations import scorer
@@ -37,6 +36,7 @@ from captum_llm_ext.perturbations.captum_methods import CaptumMethod
 from captum_llm_ext.perturbations.masked_prompts import MaskedPrompts
 from captum_llm_ext.scoring import checks, preparation, tasks
 from captum_llm_ext.scoring import teacher_forcing as model_pass
+from captum_llm_ext.scoring.target_scores import Target
 from tests.models.families import tiny_model, tiny_tokenizer
 from tests.oracles.cases import assert_close, our_attribution, prompt_input, target_ids
 
@@ -152,7 +152,7 @@ def test_ablation_stays_on_the_device(valueless: nn.Module, reuse_prefix: bool) 
 
 def test_a_tensor_that_is_left_behind_is_noticed(valueless: nn.Module, monkeypatch: Any) -> None:
     """The guard of these tests works: ids of the target on the CPU are found."""
-    place = "captum_llm_ext.inputs.targets.Target._scores"
+    place = "captum_llm_ext.scoring.target_scores.Target._scores"
     scores = Target._scores
     monkeypatch.setattr(place, lambda *rest: scores(*rest) + torch.ones(1))
     with pytest.raises((AssertionError, RuntimeError)):

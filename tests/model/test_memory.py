@@ -21,8 +21,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from captum_llm_ext import LLMAttribution
 from captum_llm_ext.gradients import run as gradient_run
-from captum_llm_ext.inputs.targets import Target
 from captum_llm_ext.model.memory import Halving, free_bytes, is_out_of_memory
+from captum_llm_ext.scoring.target_scores import Target
 from captum_llm_ext.scoring.teacher_forcing import TeacherForcing
 from tests.models.families import tiny_model, tiny_tokenizer
 from tests.oracles.cases import (

@@ -12,9 +12,9 @@ import transformers
 from torch import nn
 
 from captum_llm_ext import explain
-from captum_llm_ext.inputs.targets import Target
 from captum_llm_ext.metrics import faithfulness
 from captum_llm_ext.scoring.checks import warn_of_dropout
+from captum_llm_ext.scoring.target_scores import Target
 from captum_llm_ext.scoring.teacher_forcing import TeacherForcing
 from tests.models.encoder_decoder import CONFIGS, fresh_seq2seq
 from tests.models.families import tiny_model, tiny_tokenizer
