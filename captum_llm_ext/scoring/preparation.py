@@ -19,6 +19,7 @@ from captum_llm_ext.model.prefix_cache import PrefixCache, can_be_cropped
 from captum_llm_ext.scoring.checks import (
     check_causal,
     check_ids,
+    check_vocabulary,
     warn_of_dropout,
     warn_of_ended_prompt,
 )
@@ -95,6 +96,7 @@ def prepare(
     """
     check_reads_tokens(model)
     task = task_of(model)
+    check_vocabulary(model, prompt[0])
     with generating(model, prompt.size(1)) if request.target is None else nullcontext():
         forcing = task.teacher_forcing(model, tokenizer, prompt, request)
     check_ids(forcing)
