@@ -23,12 +23,17 @@ from captum_llm_ext.warning import warn
 
 def check_ids(forcing: TeacherForcing) -> None:
     """Refuse token ids that the model has no embedding for."""
-    size = getattr(find_token_embedding(forcing.model), "num_embeddings", None)
     target = forcing.target
     ids = [forcing.prompt_ids[0]]
     if not target.of_positions:
         ids += [target.ids] if target.contrast is None else [target.ids, target.contrast]
-    wrong = [int(i) for i in torch.cat(ids) if i < 0 or (size is not None and i >= size)]
+    check_vocabulary(forcing.model, torch.cat(ids))
+
+
+def check_vocabulary(model: nn.Module, ids: Tensor) -> None:
+    """Refuse ids (n,) that the model has no embedding for."""
+    size = getattr(find_token_embedding(model), "num_embeddings", None)
+    wrong = [int(i) for i in ids if i < 0 or (size is not None and i >= size)]
     if wrong:
         raise ValueError(
             f"the ids of prompt and target must be in the model's vocabulary of {size}; "

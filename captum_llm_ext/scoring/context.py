@@ -44,7 +44,10 @@ def check_context(forcing: TeacherForcing, run: Callable[[], object] | None = No
 
 @contextmanager
 def generating(model: nn.Module, n_prompt: int) -> Iterator[None]:
-    """Refuse a prompt that is longer than the model takes, and a target that becomes so."""
+    """Refuse a prompt that is longer than the model takes, and a target that becomes so.
+
+    The prompt's ids must be in the vocabulary.
+    """
     what = f"the prompt ({n_prompt} tokens) is"
     _refuse_beyond_limit(model, n_prompt, what)
     with refusing_missing_rows(f"the prompt ({n_prompt} tokens) and the generated target are"):

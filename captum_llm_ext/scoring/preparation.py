@@ -22,6 +22,7 @@ from captum_llm_ext.model.suitability import check_reads_tokens
 from captum_llm_ext.scoring.checks import (
     check_causal,
     check_ids,
+    check_vocabulary,
     warn_of_dropout,
     warn_of_ended_prompt,
 )
@@ -104,6 +105,7 @@ def prepare(
     check_reads_tokens(model)
     task = task_of(model)
     model = original(model)
+    check_vocabulary(model, prompt[0])
     with generating(model, prompt.size(1)) if request.target is None else nullcontext():
         forcing = task.teacher_forcing(model, tokenizer, prompt, request)
     check_ids(forcing)

@@ -152,6 +152,13 @@ def test_a_target_that_the_model_generates(kind: str) -> None:
             generate(n_prompt, n_new)
 
 
+def test_an_unknown_id_is_not_a_position() -> None:
+    model, ids = LIMITS["learned"][0](), torch.tensor([[20, VOCAB_SIZE]])
+    inp = TextTokenInput("golf", tiny_tokenizer())
+    with pytest.raises(ValueError, match=f"vocabulary of {VOCAB_SIZE}"):
+        prepare(model, tiny_tokenizer(), inp, ids, Request())
+
+
 def test_a_masked_prompt_may_be_longer_than_the_prompt() -> None:
     model, tokenizer = LIMITS["learned, up to the pad token skipped"][0](), tiny_tokenizer()
     wrapper = LLMAttribution(FeatureAblation(model), tokenizer)
