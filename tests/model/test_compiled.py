@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 from captum_llm_ext import explain, find_layers
+from captum_llm_ext.batches.lines import read_lines
+from captum_llm_ext.batches.settings import batch_settings
 from tests.models.families import PROMPT, TARGET, tiny_model, tiny_tokenizer
 
 METHODS: list[tuple[str, dict[str, Any]]] = [
@@ -132,3 +135,23 @@ def test_the_model_stays_compiled_after_the_call() -> None:
     with torch.no_grad():
         compiled(torch.tensor([[1, 5, 9]]))
     assert runs
+
+
+def test_a_compiled_model_without_the_right_head_is_refused() -> None:
+    config = transformers.BertConfig(
+        vocab_size=352, hidden_size=32, num_hidden_layers=1, num_attention_heads=4
+    )
+    model = transformers.BertForMaskedLM(config).eval()
+    for wrapped in (compiled_model(model), nn.DataParallel(model)):
+        with pytest.raises(ValueError, match="BertForMaskedLM is not causal"):
+            explain(wrapped, tiny_tokenizer(), PROMPT, TARGET, "ablation")
+
+
+def test_a_batch_goes_on_with_the_model_compiled() -> None:
+    model: Any = tiny_model("llama", fresh=True)
+    lines = [{"prompt": PROMPT, "target": TARGET}]
+    settings = [
+        batch_settings(m, tiny_tokenizer(), read_lines(lines), {"layers": m.model.layers[1]})
+        for m in (model, compiled_model(model))
+    ]
+    assert settings[0] == settings[1]

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from captum_llm_ext import (
     FeatureAblation,
@@ -111,6 +112,9 @@ def test_a_separator_that_hides_the_prompt_is_warned_of(demo_model: Any) -> None
     target = " Paris"
     with pytest.warns(UserWarning, match=r"'<\|endoftext\|>' \(id 0\) hides what stands before"):
         wrapper.attribute(inp, target)
+    wrapped = LLMAttribution(FeatureAblation(nn.DataParallel(model).eval()), tokenizer)
+    with pytest.warns(UserWarning, match="hides what stands before"):
+        wrapped.attribute(inp, target)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for sound in ("pad", "remove"):
