@@ -114,7 +114,7 @@ def test_a_perturbation_method_of_captums_kind(monkeypatch: pytest.MonkeyPatch) 
         return scores(masked, masks)
 
     monkeypatch.setattr(MaskedPrompts, "scores", counted)
-    result = explained("random_halves")
+    result = explained("random_halves", baselines=0)
     assert len(prompts) == len({tuple(p.tolist()) for p in prompts}) == N_MASKS
     model, method = tiny_model("llama"), RandomHalves(None)
     inp = prompt_input()
