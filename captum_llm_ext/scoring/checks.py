@@ -33,7 +33,7 @@ def check_ids(forcing: TeacherForcing) -> None:
 def check_vocabulary(model: nn.Module, ids: Tensor) -> None:
     """Refuse ids (n,) that the model has no embedding for."""
     size = getattr(find_token_embedding(model), "num_embeddings", None)
-    wrong = [int(i) for i in ids if i < 0 or (size is not None and i >= size)]
+    wrong = [i for i in ids.tolist() if i < 0 or (size is not None and i >= size)]
     if wrong:
         raise ValueError(
             f"the ids of prompt and target must be in the model's vocabulary of {size}; "

@@ -97,6 +97,7 @@ def scores_of_all(method: CaptumMethod, masked: MaskedPrompts, **options: Any) -
 def valueless(monkeypatch: Any) -> Iterator[nn.Module]:
     """A model on the meta device; what reads values is told what it would find."""
     monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
+    monkeypatch.setattr(preparation, "check_vocabulary", lambda model, ids: None)
     monkeypatch.setattr(preparation, "check_ids", lambda forcing: None)
     monkeypatch.setattr(checks, "check_finite", lambda probe: None)
     monkeypatch.setattr(model_pass.Pass, "is_causal", lambda scored: True)

@@ -142,7 +142,8 @@ def test_batches_and_comparisons_name_the_language_too(tmp_path: Path) -> None:
     alone = explain(model, tokenizer, inp, "golf", "ablation", **own)
     lines = [{"prompt": PROMPT, "target": "golf"}]
     out = tmp_path / "out.jsonl"
-    batch(model, tokenizer, lines, out, method="ablation", gen_args=gen_args, show_progress=False)
+    options = {"method": "ablation", "baselines": 0, "gen_args": gen_args}
+    batch(model, tokenizer, lines, out, show_progress=False, **options)
     record = json.loads(out.read_text())
     assert_close(torch.tensor(record["result"]["token_attr"]), alone.token_attr)
     judged = faithfulness(model, tokenizer, alone, "golf", n_random=2, **own)
