@@ -74,8 +74,6 @@ def _rendered(
     for message in messages:
         if not (isinstance(message, Mapping) and isinstance(message.get("role"), str)):
             raise ValueError(f"a message must be a dict with a 'role', got {message!r}")
-    if not getattr(tokenizer, "chat_template", None):
-        raise ValueError("the tokenizer has no chat template: pass a plain string as the prompt")
     roles = (roles,) if isinstance(roles, str) else roles
     missing = sorted(set(roles) - {message["role"] for message in messages})
     if missing or not roles:
@@ -87,6 +85,8 @@ def _rendered(
                 "a message that holds features must be a dict with a str as 'content', got "
                 f"{message!r}: give it one, or leave its role out of roles"
             )
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError("the tokenizer has no chat template: pass a plain string as the prompt")
 
     def render(contents: list[str]) -> str:
         # A template may trim a message, so its outer spaces stay outside the marks.

@@ -150,7 +150,7 @@ def with_baselines(
             )
         return inp
     if baselines is None:
-        by_method = getattr(inp, "baseline_by_method", False)
+        by_method = getattr(inp, "baseline_by_method", False) and inp.named_baseline is None
         baselines = REMOVE if by_method else baseline_of_input(inp)
     ids = inp.inp_tensor[0].long()
     is_feature = torch.ones_like(ids).bool() if inp.itp_mask is None else inp.itp_mask[0]

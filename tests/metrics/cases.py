@@ -111,7 +111,7 @@ def _chat() -> tuple[Any, Callable, Any]:
 
     def prompt_of(present: frozenset[int]) -> list[int]:
         absent = {place for i, place in enumerate(places) if i not in present}
-        return [0 if i in absent else token for i, token in enumerate(ids)]
+        return [token for i, token in enumerate(ids) if i not in absent]
 
     return inp, prompt_of, tokenizer
 

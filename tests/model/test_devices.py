@@ -99,6 +99,8 @@ def valueless(monkeypatch: Any) -> Iterator[nn.Module]:
     monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
     monkeypatch.setattr(preparation, "check_vocabulary", lambda model, ids: None)
     monkeypatch.setattr(preparation, "check_ids", lambda forcing: None)
+    monkeypatch.setattr(preparation, "warn_of_ended_prompt", lambda inp, prompt, tokenizer: None)
+    monkeypatch.setattr(tasks, "output_labels", lambda prompt, ids, tokenizer: ["?"] * len(ids))
     monkeypatch.setattr(checks, "check_finite", lambda probe: None)
     monkeypatch.setattr(model_pass.Pass, "is_causal", lambda scored: True)
     monkeypatch.setattr(trace, "_check_features", lambda site, positions: None)
