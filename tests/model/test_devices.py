@@ -66,7 +66,14 @@ class OneDevice(TorchDispatchMode):
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        moves = function in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+        # A copy moves a tensor; positions on the CPU index tensors of every device.
+        moves = function in (
+            torch.ops.aten._to_copy.default,
+            torch.ops.aten.copy_.default,
+            torch.ops.aten.index.Tensor,
+            torch.ops.aten.index_put.default,
+            torch.ops.aten._unsafe_index_put.default,
+        )
         devices = {x.device.type for x in tensors if x.dim()}
         assert moves or len(devices) < 2, f"{function} mixes {devices}"
         return function(*args, **(kwargs or {}))
