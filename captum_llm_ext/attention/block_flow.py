@@ -1,4 +1,4 @@
-"""What a decoder block does around its attention: the state that enters, projection, norm, scale.
+"""Find the parts of a decoder block around its attention: entering state, projection, norm, scale.
 
 Nothing here knows a family: the output projection is the module that is fed what the kernel gave, a
 norm on the attention's output is the module that is fed the projection's output, and the factor of
@@ -106,7 +106,7 @@ class BlockRun:
         return None
 
     def _residual_factor(self, states: Tensor, rows: Tensor, added: Tensor) -> float:
-        """What the block multiplies the attention's output with before it adds it to the state."""
+        """The factor by which the block scales the attention's output before the residual sum."""
         for _, inputs, _ in self.modules:
             if self.state is None or inputs.shape != self.state.shape:
                 continue

@@ -24,7 +24,7 @@ TINY = torch.finfo(torch.float32).tiny
 
 @dataclass(frozen=True, eq=False)
 class BlockFlow:
-    """What flows into one block's state, at some rows.
+    """The terms that sum to one block's state after attention, at some rows.
 
     states: (n_rows, hidden) x_i; weights: (n_heads, n_rows, length) α_hij, times the scale of a
     norm at each row; carried: (n_heads, length, hidden) v_hj W_h, after the norm's linear map.

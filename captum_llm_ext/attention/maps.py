@@ -43,7 +43,7 @@ Layers = Sequence[LayerAttention]
 
 @dataclass(frozen=True)
 class Reduction:
-    """How the heads of each layer become one map.
+    """A rule that reduces the heads of each layer to one map.
 
     layer_maps: (n_output, n_input) for each layer, from what was read and a function that sums
     positions to features; needs: the fields of `LayerAttention` that it reads besides `targets`;

@@ -113,7 +113,7 @@ def read_attention(
 
 
 class _Reading:
-    """What is read of each layer while the model runs: `layers`, and every attention module.
+    """Collects `layers`, the attention of each layer, while the model runs.
 
     ran: the modules in the blocks that ran; callers: those of them that called a kernel; silent:
     the blocks that ran without attention.

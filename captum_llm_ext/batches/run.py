@@ -35,7 +35,7 @@ SETTINGS, REPORT, LOCK = "settings.json", "report.json", "lock"
 
 @dataclass(frozen=True)
 class BatchReport:
-    """How many lines of a batch have a result, how many an error, and how many are left.
+    """Counts of a batch: lines with a result, lines with an error, and lines left.
 
     The output file is written when no line is left.
 

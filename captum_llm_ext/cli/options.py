@@ -32,7 +32,7 @@ def load(arguments: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def explain_keywords(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments as keywords of `explain`, of which `batch` has all too."""
+    """The arguments as keywords of `explain`. `batch` takes the same keywords."""
     keywords = dict(arguments)
     for name in ("layers", "baselines"):
         values = keywords.get(name, ())

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from captum.attr import LayerGradientShap, LayerGradientXActivation, LayerIntegratedGradients
+from captum.attr import LayerGradientShap, LayerIntegratedGradients
 from torch import Tensor, nn
 
 from captum_llm_ext import LayerSaliency, TextTokenInput, segment_input
@@ -38,12 +38,6 @@ NORMS = {
     "l1": lambda gradient: gradient.abs().sum(-1),
     "l2": lambda gradient: gradient.pow(2).sum(-1).sqrt(),
     "linf": lambda gradient: gradient.abs().amax(-1),
-}
-METHODS: dict[str, Any] = {
-    "integrated gradients": LayerIntegratedGradients,
-    "gradient x activation": LayerGradientXActivation,
-    "gradient shap": LayerGradientShap,
-    "saliency": LayerSaliency,
 }
 
 

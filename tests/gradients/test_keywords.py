@@ -33,11 +33,6 @@ from tests.oracles.gradients import (
 # Few steps are enough to compare; that they do not converge is another file's matter.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
-NORMS = {
-    "l1": lambda gradient: gradient.abs().sum(-1),
-    "l2": lambda gradient: gradient.pow(2).sum(-1).sqrt(),
-    "linf": lambda gradient: gradient.abs().amax(-1),
-}
 METHODS: dict[str, Any] = {
     "integrated gradients": LayerIntegratedGradients,
     "gradient x activation": LayerGradientXActivation,

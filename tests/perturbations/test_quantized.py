@@ -28,10 +28,6 @@ from tests.oracles.cases import (
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:8-bit layers round"),
-    pytest.mark.filterwarnings("ignore:integrated gradients have not converged"),
-    pytest.mark.filterwarnings("ignore:a path at the embeddings"),
-    pytest.mark.filterwarnings("ignore:Multiple layers provided"),
-    pytest.mark.filterwarnings("ignore:Setting forward, backward hooks"),
 ]
 
 
