@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import matplotlib.pyplot as plt
 import torch
 
 from captum_llm_ext import chat_input, explain, load_demo_model, segment_input
@@ -49,6 +50,24 @@ def words(model: Any, tokenizer: Any) -> None:
     _save(found.plot_seq_attr(), "words")
 
 
+def staircase(model: Any, tokenizer: Any) -> None:
+    """Ablation of each token by token 0, which hides what stands before it, beside removal."""
+    prompt = "My sister is a nurse, and every morning she goes to the"
+    names = {0: "token 0 in its place", "remove": "the token left out"}
+    figure, axes = plt.subplots(figsize=(8, 3))
+    for i, (baseline, name) in enumerate(names.items()):
+        found = explain(model, tokenizer, prompt, " hospital", "ablation", baselines=baseline)
+        places = [place + 0.4 * i - 0.2 for place in range(len(found.input_tokens))]
+        axes.bar(places, found.seq_attr.tolist(), width=0.4, label=name)
+    axes.set_xticks(range(len(found.input_tokens)), found.merge("word").input_tokens)
+    axes.tick_params(axis="x", rotation=45, length=0)
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set_ylabel('loss of log p(" hospital")')
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    _save((figure, axes), "staircase")
+
+
 def html(model: Any, tokenizer: Any) -> None:
     """The page of a result, with the output token "golf" clicked on."""
     from playwright.sync_api import sync_playwright
@@ -73,7 +92,7 @@ def _save(drawn: Any, name: str) -> None:
 
 
 FIGURES: dict[str, Callable[[Any, Any], None]] = {
-    figure.__name__: figure for figure in (bakery, capital, layers, path, words, html)
+    figure.__name__: figure for figure in (bakery, capital, layers, path, words, staircase, html)
 }
 
 
