@@ -59,11 +59,12 @@ def explain(
             gradients), "gradxact" (gradient x activation), "gradshap" (gradient SHAP) or
             "conductance" (of layers, along the path of the embeddings); by perturbation,
             "ablation", "two_stage" (ablation in two contexts), "shapley", "shapley_sampling",
-            "lime" or "kernelshap"; or "attention", the attention weights (with `heads` and
-            `reduction`): any row of `captum_llm_ext.registry.METHODS`.
-        layers: for the methods with gradients and "attention", a module, a name, a pattern such as
-            ``"model.layers.*.mlp"``, or a list of these. Default: the input embeddings; for
-            "attention", every layer that has it.
+            "lime" or "kernelshap"; by attention, "attention" (the weights, with `heads` and
+            `reduction`), "flow" (information flow) or "flow_rollout": any row of
+            `captum_llm_ext.registry.METHODS`.
+        layers: for the methods with gradients and by attention, a module, a name, a pattern such
+            as ``"model.layers.*.mlp"``, or a list of these. Default: the input embeddings; by
+            attention, every layer that has it.
         quadrature: the points of the path of "ig" and "conductance", which `attribute` calls
             `method`: "gausslegendre" (the default), a Riemann rule, or "adaptive" with
             ``tol=0.05``.
@@ -78,7 +79,7 @@ def explain(
     Returns:
         A result with ``seq_attr`` (n_input,) and ``token_attr`` (n_output, n_input), in units of
         log p; for several layers an ``LLMLayerAttributionResult``, with those of each layer too;
-        for "attention" an ``LLMAttentionAttributionResult``, in shares of 1.
+        by attention an ``LLMAttentionAttributionResult``, in shares of 1.
 
     Raises:
         ValueError: the method is unknown or has no layers, a layer is not in the model, or the

@@ -245,8 +245,7 @@ def check_eager(forcing: TeacherForcing, scored: Pass) -> None:
     if not scored.agrees_with(expected) and not is_random(forcing):
         raise ValueError(
             f"{type(forcing.model).__name__} has other scores with eager attention, which returns "
-            "the weights, than as it is: they are not the model's own weights. Use another "
-            "reduction than 'rollout' and leave out include_prompt_attention, or let it compute "
+            "the weights, than as it is: they are not the model's own weights. Let it compute "
             'everything so: model.set_attn_implementation("eager")'
         )
 

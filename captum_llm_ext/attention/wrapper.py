@@ -65,8 +65,11 @@ class LLMAttentionAttribution(BaseLLMAttribution):
             (Abnar & Zuidema 2020, https://arxiv.org/abs/2005.00928). "value_norm": the mean of
             α ‖f(x)‖, the attention times the norm of the vector that it carries, in units of the
             hidden state; f(x) is the head's value after its part of the output projection
-            (Kobayashi et al. 2020, https://arxiv.org/abs/2004.10102). The result's `attention`
-            always holds the plain weights.
+            (Kobayashi et al. 2020, https://arxiv.org/abs/2004.10102). "flow": the share of each
+            position in the state after the attention of each layer, summed over the layers.
+            "flow_rollout": these shares multiplied through the layers (Ferrando & Voita 2024,
+            https://arxiv.org/abs/2403.00824). The result's `attention` always holds the plain
+            weights.
 
     Raises:
         ValueError: the reduction is unknown, a layer is not in the model, the heads are not

@@ -76,7 +76,8 @@ def generated_ids(
     if not len(generated):
         raise ValueError("the model generated no token: the target must have at least one token")
     if len(sequences) > 1:
-        pad, end = settings.get("pad_token_id"), getattr(tokenizer, "eos_token_id", None)
+        of_config = getattr(settings.get("generation_config"), "pad_token_id", None)
+        pad, end = settings.get("pad_token_id", of_config), getattr(tokenizer, "eos_token_id", None)
         return _without_padding(generated, pad, keep=int(pad == end))
     return generated
 

@@ -29,8 +29,6 @@ OVER_LAYERS: dict[str, Callable[[Tensor], Tensor]] = {
     "flow_rollout": lambda values: values[-1],
 }
 
-SPANS = ("flow", "flow_rollout")  # have an attribution of the whole target, which is no mean
-
 
 class LLMAttentionAttributionResult(LLMLayerAttributionResult):
     """Attention of target tokens to the input: a result of several layers, and all weights.
@@ -127,10 +125,11 @@ class LLMAttentionAttributionResult(LLMLayerAttributionResult):
             output_labels=output_labels,
             starts_prompt=starts_prompt,
         )
-        if self.token_attr is not None and reduction not in SPANS:
-            self.seq_attr = self.token_attr.mean(0)
         n_heads = {"n_heads": None if heads is None else len(heads)}
         self.attention = checked_tensor("attention", attention, layers | n_heads | outputs | inputs)
+        if reduction == "max":  # the maximum of means over tokens is not the mean of the maxima
+            rows = self.attention.amax((0, 1)) if self.token_attr is None else self.token_attr
+            self.seq_attr = rows.mean(0)
         self.heads = list(range(self.attention.size(1)) if heads is None else heads)
         per_head = layers | {"n_heads": len(self.heads)}
         self.sink_attention = checked_tensor("sink_attention", sink_attention, per_head | outputs)
@@ -148,7 +147,10 @@ class LLMAttentionAttributionResult(LLMLayerAttributionResult):
         fields = {name: getattr(merged, name) for name in fields_of(merged)}
         # the maximum over heads of the sums is not the sum of the maxima
         maxima = merged.attention.amax(1)
-        return type(self)(**fields | {"layer_token_attr": maxima, "layer_seq_attr": None})
+        fields["layer_seq_attr"] = maxima.mean(1)
+        if self.layer_token_attr is not None:
+            fields["layer_token_attr"] = maxima
+        return type(self)(**fields)
 
     def plot_layer_attr(
         self,

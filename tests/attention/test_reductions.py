@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from captum_llm_ext.attention.maps import rollouts
+from captum_llm_ext.results.attention import OVER_LAYERS
 from tests.attention.test_wrapper import COUNT, fed, near, read
 from tests.models.families import FAMILIES, tiny_model
 from tests.oracles.attention import (
@@ -69,6 +70,26 @@ def test_rollout_of_a_model(family: str, layers: Any, heads: tuple[int, ...]) ->
     assert near(result.token_attr[..., :-1], expected[-1])
     assert near(result.seq_attr[:-1], expected[-1].mean(0))
     torch.testing.assert_close(result.token_attr.sum(-1), torch.ones(COUNT))
+
+
+@pytest.mark.parametrize("reduction", OVER_LAYERS)
+def test_the_sequence_is_the_same_without_rows_per_token(reduction: str) -> None:
+    """A maximum over layers is taken for each token, before the mean over tokens."""
+    model = tiny_model("llama")
+    rows = read(model, reduction=reduction)
+    without = read(model, reduction=reduction, include_per_token_attr=False)
+    assert near(without.seq_attr, rows.seq_attr)
+    assert without.token_attr is None
+    spans = [(0, 2), (2, 4)]
+    assert near(without.merge(spans).seq_attr, rows.merge(spans).seq_attr)
+    assert without.merge(spans).token_attr is None
+    if reduction == "max":
+        assert near(rows.seq_attr, eager_rows(model).amax((0, 1)).mean(0))
+
+
+def eager_rows(model: Any) -> torch.Tensor:
+    """The weights (n_layers, n_heads, n_output, n_input) of the rows that predict the target."""
+    return eager_weights(model, fed())[:, :, -COUNT:, : len(fed()) + 1 - COUNT]
 
 
 @pytest.mark.parametrize("family", VALUE_FAMILIES)

@@ -149,9 +149,11 @@ class Several:
 )
 def test_the_first_of_several(rows: list[list[int]], pad: int, expected: list[int]) -> None:
     model: Any = Several(*rows)
-    gen_args = {"num_return_sequences": len(rows), "pad_token_id": pad}
-    ids = generated_ids(model, prompt_ids(), gen_args, tiny_tokenizer())
-    assert ids.tolist() == expected
+    config = transformers.GenerationConfig(pad_token_id=pad)
+    for named in ({"pad_token_id": pad}, {"generation_config": config}):
+        gen_args = {"num_return_sequences": len(rows), **named}
+        ids = generated_ids(model, prompt_ids(), gen_args, tiny_tokenizer())
+        assert ids.tolist() == expected
 
 
 def test_beams_of_different_lengths() -> None:
