@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
@@ -12,6 +11,7 @@ from torch import nn
 from captum_llm_ext.compat import InterpretableInput
 from captum_llm_ext.inputs.prompts import as_input
 from captum_llm_ext.model.adapter import QA
+from captum_llm_ext.model.signatures import keywords
 from captum_llm_ext.model.suitability import check_pair
 from captum_llm_ext.registry import METHODS, load, method_named
 from captum_llm_ext.results.single import LLMAttributionResult
@@ -146,11 +146,7 @@ def check_options(
         TypeError: an option that the method does not have; the message lists its options.
     """
     wrapper, left = make_wrapper(model, tokenizer, method, layers, options)
-    parameters = inspect.signature(wrapper.attribute).parameters
-    shared = {
-        name for name, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
-    } - {"inp", "target"}
-    names = wrapper.method_options() | shared
+    names = wrapper.method_options() | (keywords(wrapper.attribute) - {"inp", "target"})
     if unknown := sorted(set(left) - names):
         back = {new: old for old, new in method_named(method).renamed.items()}
         listed = ", ".join(sorted(back.get(name, name) for name in names))

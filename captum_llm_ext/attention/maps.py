@@ -1,7 +1,8 @@
 """Reduce the attention of all heads to one map per layer, target tokens by features.
 
 A new reduction is one function here, and its name in `REDUCTIONS`, in `OVER_LAYERS` of
-`results/attention.py`, and in `CHOICES` of `registry.py`.
+`results/attention.py`, and in `CHOICES` of `registry.py`. What it needs besides is a field of
+`LayerAttention`, filled in `reading.py`.
 """
 
 from __future__ import annotations

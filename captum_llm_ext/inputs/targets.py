@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
@@ -20,6 +19,7 @@ from captum_llm_ext.inputs.token_text import (
     readable_tokens,
 )
 from captum_llm_ext.model.lock import holding
+from captum_llm_ext.model.signatures import takes
 from captum_llm_ext.warning import warn
 
 GRADIENT_TARGETS = ("log_prob", "prob", "logit")
@@ -114,12 +114,6 @@ def generation_settings(
     if pad is not None and of_caller is None and takes(generate, "pad_token_id"):
         settings.setdefault("pad_token_id", pad)
     return settings
-
-
-def takes(function: Callable[..., Any], name: str) -> bool:
-    """Whether a function has a keyword of this name, or any."""
-    parameters = inspect.signature(function).parameters
-    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def _after(beginning: Sequence[int], ids: Tensor) -> Tensor:

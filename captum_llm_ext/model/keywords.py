@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,12 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from captum_llm_ext.model.hooks import evaluating
-from captum_llm_ext.model.layers import takes_any_keyword
-
-
-def named_by(model: nn.Module) -> frozenset[str]:
-    """The arguments that the model's forward names."""
-    return frozenset(inspect.signature(model.forward).parameters)
+from captum_llm_ext.model.signatures import keywords, takes_any
 
 
 def taken_by(
@@ -29,7 +23,7 @@ def taken_by(
 
     call: runs the model once with options; options: values to try.
     """
-    named = named_by(model) & set(options)
+    named = frozenset(options) & keywords(model.forward)
     inside = {name: options[name] for name in options if _named_inside(model, name)}
     unsure = {name: value for name, value in inside.items() if name not in named}
     if unsure and not _works(model, call, unsure):
@@ -39,9 +33,9 @@ def taken_by(
 
 def _named_inside(model: nn.Module, name: str) -> bool:
     """Whether the forward names the argument, or takes any and a model right inside names it."""
-    if name in named_by(model):
+    if name in keywords(model.forward):
         return True
-    if isinstance(model, PreTrainedModel) or not takes_any_keyword(model):
+    if isinstance(model, PreTrainedModel) or not takes_any(model.forward):
         return False
     return any(_named_inside(child, name) for child in model.children())
 

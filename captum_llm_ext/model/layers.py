@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_llm_ext.model.compiled import original_name
+from captum_llm_ext.model.signatures import takes_any
 
 LayerSpec = nn.Module | str
 
@@ -165,15 +165,10 @@ def owner_of(model: nn.Module, attribute: str) -> nn.Module | None:
     """
     while not hasattr(model, attribute):
         children = list(model.children())
-        if len(children) != 1 or not takes_any_keyword(model):
+        if len(children) != 1 or not takes_any(model.forward):
             return None
         (model,) = children
     return model
-
-
-def takes_any_keyword(model: nn.Module) -> bool:
-    parameters = inspect.signature(model.forward).parameters.values()
-    return any(p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 def module_from_getter(model: nn.Module, getter: str) -> nn.Module | None:

@@ -14,10 +14,11 @@ from captum_llm_ext.model.suitability import unwrapped
 from captum_llm_ext.perturbations.masked_prompts import MaskedPrompts
 from captum_llm_ext.warning import warn
 
-FEWEST_FEATURES = 16  # in shorter prompts there is little to hide
 PLACES = (1 / 3, 1 / 2, 2 / 3)  # of the prompt
 LEAST_DROP = 1.0  # that everything before a place is worth on average, in nats
-HIDDEN = 0.25  # of that worth, from which on it warns
+# The share of that worth from which on it warns, by the number of features: in a short prompt any
+# token takes away more.
+HIDDEN = {8: 0.5, 16: 0.25}
 
 
 def warn_of_hiding_stand_in(masked: MaskedPrompts) -> None:
@@ -30,7 +31,8 @@ def warn_of_hiding_stand_in(masked: MaskedPrompts) -> None:
         or not masked.is_causal
     ):
         return
-    if ids.numel() < FEWEST_FEATURES or len(ids.unique()) > 1:
+    shares = [share for fewest, share in HIDDEN.items() if ids.numel() >= fewest]
+    if not shares or len(ids.unique()) > 1:
         return
     stand_in, prompt = int(ids[0, 0]), tuple(masked.scorer.reference.tolist())
     prompts = [prompt]
@@ -44,7 +46,7 @@ def warn_of_hiding_stand_in(masked: MaskedPrompts) -> None:
     log_probs = masked.scorer.scores(prompts)[:, 1, 0].cpu()
     replaced, dropped, beheaded = (log_probs[0] - log_probs[1:]).view(-1, 3).T
     worth, hidden = (beheaded - dropped).mean(), (replaced - dropped).mean()
-    if worth > LEAST_DROP and hidden > HIDDEN * worth:
+    if worth > LEAST_DROP and hidden > shares[-1] * worth:
         token = masked.tokenizer.convert_ids_to_tokens([stand_in])[0]
         warn(
             f"the baseline {token!r} (id {stand_in}) hides what stands before it from the model: "

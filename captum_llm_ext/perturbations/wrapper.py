@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,6 +24,7 @@ from captum_llm_ext.inputs.targets import (
 )
 from captum_llm_ext.model.lock import one_call_at_a_time
 from captum_llm_ext.model.quantized import quiet_bitsandbytes
+from captum_llm_ext.model.signatures import keywords
 from captum_llm_ext.model.suitability import check_pair
 from captum_llm_ext.perturbations.captum_methods import CaptumMethod, check_needs
 from captum_llm_ext.perturbations.masked_prompts import (
@@ -151,7 +151,7 @@ class LLMAttribution(CaptumLLMAttribution):
 
     def method_options(self) -> set[str]:
         """The keywords of `attribute` that belong to the method."""
-        return _keywords(self.attr_method.attribute) - RESERVED
+        return keywords(self.attr_method.attribute) - RESERVED
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         """Refuse options that neither `attribute` nor the method has.
@@ -160,7 +160,7 @@ class LLMAttribution(CaptumLLMAttribution):
             TypeError: the message lists the method's options.
         """
         names = self.method_options()
-        if unknown := sorted(set(options) - names - _keywords(self.attribute)):
+        if unknown := sorted(set(options) - names - keywords(self.attribute)):
             raise TypeError(
                 f"{type(self.attr_method).__name__} does not take {', '.join(unknown)} "
                 f"(it takes {', '.join(sorted(names))})"
@@ -305,9 +305,3 @@ class LLMAttribution(CaptumLLMAttribution):
         )
         tokens = _convert_ids_to_pretty_tokens(ids, self.tokenizer)
         return MaskedPicture(inp, forward, tokens, 1 + len(ids), self.device)
-
-
-def _keywords(function: Callable[..., Any]) -> set[str]:
-    """The parameters of a function that have a name."""
-    parameters = inspect.signature(function).parameters.values()
-    return {p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from captum_llm_ext.model.hooks import HeadInput, embedding_leaves, split_at_head
-from captum_llm_ext.model.keywords import named_by
 from captum_llm_ext.model.layers import Site
 from captum_llm_ext.model.memory import counting_saved_bytes
 from captum_llm_ext.model.prefix_cache import PrefixCache
 from captum_llm_ext.model.quantized import quantization_of
+from captum_llm_ext.model.signatures import keywords
 from captum_llm_ext.scoring.positions import Row, TargetSpan
 from captum_llm_ext.scoring.target_scores import Target
 
@@ -70,7 +70,7 @@ class TeacherForcing:
 
     def takes(self, option: str) -> bool:
         """Whether the model's forward has an option of this name."""
-        return option in (named_by(self.model) if self.keywords is None else self.keywords)
+        return option in (keywords(self.model.forward) if self.keywords is None else self.keywords)
 
     def call(self, ids: Tensor, **options: Any) -> Any:
         """The model's output for ids (rows, n), with those of the options that it takes."""

@@ -104,6 +104,25 @@ def test_what_cannot_remove_says_so() -> None:
 
 
 @pytest.mark.real_model
+@pytest.mark.parametrize(
+    ("prompt", "target"),
+    [
+        ("In the winter the lake is covered with", " ice"),
+        ("My sister is a nurse, and every morning she goes to the", " hospital"),
+    ],
+)
+def test_a_separator_hides_short_prompts_too(demo_model: Any, prompt: str, target: str) -> None:
+    model, tokenizer = demo_model
+    wrapper = LLMAttribution(FeatureAblation(model), tokenizer)
+    inp = TextTokenInput(prompt, tokenizer)
+    with pytest.warns(UserWarning, match="hides what stands before"):
+        wrapper.attribute(inp, target)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        wrapper.attribute(inp, target, baselines="pad")
+
+
+@pytest.mark.real_model
 def test_a_separator_that_hides_the_prompt_is_warned_of(demo_model: Any) -> None:
     """Id 0 of the demo model ends a document; its pad token does not."""
     model, tokenizer = demo_model

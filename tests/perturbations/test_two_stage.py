@@ -197,10 +197,11 @@ def test_each_stage_is_one_batch_and_no_prompt_is_scored_twice() -> None:
 def test_through_the_wrapper_it_costs_twice_what_ablation_costs() -> None:
     costs = {}
     for kind in (FeatureAblation, TwoStageAblation):
-        model, inp = tiny_model("llama", fresh=True), token_input(TEXT, baselines=7)
+        model, inp = tiny_model("llama", fresh=True), token_input(TEXT)
         rows: list[int] = []
         model.register_forward_pre_hook(lambda _, args, rows=rows: rows.append(len(args[0])))
-        LLMAttribution(kind(model), tiny_tokenizer()).attribute(inp, target_ids(2))
+        wrapper = LLMAttribution(kind(model), tiny_tokenizer())
+        wrapper.attribute(inp, target_ids(2), baselines="remove")
         costs[kind] = sum(rows)
     assert costs[FeatureAblation] == 2 + 1 + 8  # the probe has two rows
     assert costs[TwoStageAblation] <= 2 * costs[FeatureAblation]
