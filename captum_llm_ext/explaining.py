@@ -8,12 +8,14 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from torch import nn
 
+from captum_llm_ext.choosing import automatic_methods, first_that_reads
 from captum_llm_ext.compat import InterpretableInput
 from captum_llm_ext.inputs.prompts import as_input
 from captum_llm_ext.model.adapter import QA
 from captum_llm_ext.model.signatures import keywords
 from captum_llm_ext.model.suitability import check_pair
 from captum_llm_ext.registry import METHODS, load, method_named
+from captum_llm_ext.results.layered import LLMLayerAttributionResult
 from captum_llm_ext.results.single import LLMAttributionResult
 from captum_llm_ext.scoring.tasks import task_of
 
@@ -38,7 +40,7 @@ def explain(
     tokenizer: Any,
     prompt: Prompt,
     target: str | torch.Tensor | None = None,
-    method: str = "saliency",
+    method: str | None = None,
     layers: Layers | None = None,
     quadrature: str | None = None,
     context: str | None = None,
@@ -55,13 +57,15 @@ def explain(
             interpretable input of Captum.
         target: the continuation to attribute, a string or token ids of shape (n_output,).
             Default: what the model generates.
-        method: with gradients, "saliency" (L1 norm of the gradient, the default), "ig" (integrated
+        method: with gradients, "saliency" (L1 norm of the gradient), "ig" (integrated
             gradients), "gradxact" (gradient x activation), "gradshap" (gradient SHAP) or
             "conductance" (of layers, along the path of the embeddings); by perturbation,
             "ablation", "two_stage" (ablation in two contexts), "shapley", "shapley_sampling",
             "lime" or "kernelshap"; by attention, "attention" (the weights, with `heads` and
             `reduction`), "flow" (information flow) or "flow_rollout": any row of
-            `captum_llm_ext.registry.METHODS`.
+            `captum_llm_ext.registry.METHODS`. Default: "flow" where the model is causal and its
+            attention can be read, and neither layers nor an option is given that "flow" lacks;
+            else "saliency". The result's `method` says which.
         layers: for the methods with gradients and by attention, a module, a name, a pattern such
             as ``"model.layers.*.mlp"``, or a list of these. Default: the input embeddings; by
             attention, every layer that has it.
@@ -77,9 +81,11 @@ def explain(
             ``gen_args={"max_new_tokens": 10}``.
 
     Returns:
-        A result with ``seq_attr`` (n_input,) and ``token_attr`` (n_output, n_input), in units of
-        log p; for several layers an ``LLMLayerAttributionResult``, with those of each layer too;
-        by attention an ``LLMAttentionAttributionResult``, in shares of 1.
+        A result with ``seq_attr`` (n_input,) and ``token_attr`` (n_output, n_input): in units of
+        log p, norms of its gradient ("saliency"), or for "flow" the share of a feature in the state
+        after a layer's attention, 0 to 1, summed over layers. For several layers an
+        ``LLMLayerAttributionResult``, with those of each layer too; for a method by attention that
+        is named an ``LLMAttentionAttributionResult``, with all weights.
 
     Raises:
         ValueError: the method is unknown or has no layers, a layer is not in the model, or the
@@ -95,12 +101,22 @@ def explain(
     Source: Kokhlikyan et al., "Captum" (2020), arXiv:2009.07896; Miglani et al., "Using Captum to
     explain generative language models" (2023), arXiv:2312.05491.
     """
-    wrapper, options = make_wrapper(
-        model, tokenizer, method, layers, {"quadrature": quadrature, **kwargs}
-    )
-    inp = as_input(prompt, tokenizer, context, task_of(model).name == QA)
-    result: LLMAttributionResult = wrapper.attribute(inp, target=target, **options)
-    return result
+    options = {"quadrature": quadrature, **kwargs}
+
+    def run(name: str) -> LLMAttributionResult:
+        wrapper, left = make_wrapper(model, tokenizer, name, layers, options)
+        inp = as_input(prompt, tokenizer, context, task_of(model).name == QA)
+        result: LLMAttributionResult = wrapper.attribute(inp, target=target, **left)
+        result.method = name
+        return result
+
+    if method is not None:
+        return run(method)
+    check_pair(model, tokenizer)
+    options = {name: value for name, value in options.items() if value is not None}
+    result = first_that_reads(automatic_methods(model, layers, options), run)
+    is_layered = isinstance(result, LLMLayerAttributionResult)
+    return result.without_layers() if is_layered and layers is None else result
 
 
 def make_wrapper(
@@ -135,7 +151,7 @@ def make_wrapper(
 def check_options(
     model: nn.Module,
     tokenizer: Any,
-    method: str,
+    method: str | None,
     layers: Layers | None,
     options: Mapping[str, Any],
 ) -> None:
@@ -145,6 +161,8 @@ def check_options(
         ValueError: an unknown method, layer or name, or a value without meaning.
         TypeError: an option that the method does not have; the message lists its options.
     """
+    check_pair(model, tokenizer)
+    method = automatic_methods(model, layers, options)[0] if method is None else method
     wrapper, left = make_wrapper(model, tokenizer, method, layers, options)
     names = wrapper.method_options() | (keywords(wrapper.attribute) - {"inp", "target"})
     if unknown := sorted(set(left) - names):

@@ -19,13 +19,15 @@ GRADIENT, PERTURBATION, ATTENTION = "gradient", "perturbation", "attention"
 class Wrapper:
     """A class with `attribute`, by import path, and what it is made with besides the method.
 
-    has_layers: whether layers can be chosen; sequence_only: the options of `attribute` that leave
-    out the rows per target token, which is cheaper.
+    has_layers: whether layers can be chosen; reads_attention: whether it serves only models whose
+    attention can be read; sequence_only: the options of `attribute` that leave out the rows per
+    target token, which is cheaper.
     """
 
     path: str
     settings: tuple[str, ...] = ("attr_target",)
     has_layers: bool = True
+    reads_attention: bool = False
     sequence_only: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -67,6 +69,7 @@ WRAPPERS: dict[str, Wrapper] = {
     ATTENTION: Wrapper(
         "captum_llm_ext.attention.wrapper:LLMAttentionAttribution",
         ("heads", "reduction"),
+        reads_attention=True,
         sequence_only={"include_per_token_attr": False},
     ),
 }
@@ -147,6 +150,10 @@ METHODS: dict[str, Method] = {
         takes_baselines=False,
     ),
 }
+
+# What `explain` takes where no method is named: the first that serves the model and takes the
+# options (`choosing.py`). The last serves every model and every call.
+AUTOMATIC = ("flow", "saliency")
 
 # The values of each option that takes one of a few. The modules that implement them import torch,
 # so the names stand here as well; `tests/cli/test_starts_at_once.py` holds the two together.

@@ -22,6 +22,7 @@ FLOORS = [
     ["model"],
     ["inputs"],
     ["scoring"],
+    ["choosing"],
     ["display"],
     ["results"],
     ["gradients", "perturbations", "attention"],

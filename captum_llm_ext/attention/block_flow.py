@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from captum_llm_ext.attention.information_flow import BlockFlow
 from captum_llm_ext.attention.values import agree, linear_map, not_a_sum
+from captum_llm_ext.model.suitability import UnreadableAttentionError
 from captum_llm_ext.scoring.teacher_forcing import tolerance
 
 
@@ -55,7 +56,7 @@ class BlockRun:
         """(n_heads, length, hidden) what each head's value becomes in the output projection.
 
         Raises:
-            ValueError: the attention's output is not a projected sum of values.
+            UnreadableAttentionError: the attention's output is not a projected sum of values.
         """
         heads = self._heads()
         mixed = heads.mixed.flatten(1)
@@ -64,17 +65,17 @@ class BlockRun:
                 matrix = linear_map(module, inputs, outputs)
                 if matrix is not None:
                     return heads.values @ matrix.unflatten(0, (heads.values.size(0), -1))
-        raise ValueError(not_a_sum(heads.module))
+        raise not_a_sum(heads.module)
 
     def flow(self, rows: Tensor, weights: Tensor) -> BlockFlow:
         """The flow at the rows (n_rows,), from the weights (n_heads, n_rows, length) there.
 
         Raises:
-            ValueError: the attention's output is not a projected sum of values.
+            UnreadableAttentionError: the attention's output is not a projected sum of values.
         """
         heads, carried = self._heads(), self.carried()
         if self.state is None:
-            raise ValueError(not_a_sum(heads.module))
+            raise not_a_sum(heads.module)
         rows = rows.to(carried.device)
         states, added = self.state[0, rows].float(), self._output_of(heads.module)[0, rows].float()
         norm = self._norm(heads.module)
@@ -154,7 +155,7 @@ class Normalisation:
         return (self(values) * mapped).sum(-1) / mapped.square().sum(-1).clamp(min=1e-30)
 
 
-class RunsTwiceError(ValueError):
+class RunsTwiceError(UnreadableAttentionError):
     """A block, or an attention in it, ran more than once in one pass."""
 
 

@@ -27,6 +27,7 @@ from captum_llm_ext.attention.maps import LayerAttention
 from captum_llm_ext.attention.values import cached_values, whole_cache
 from captum_llm_ext.model.hooks import evaluating, without_checkpointing
 from captum_llm_ext.model.layers import decoder_blocks, named_layers
+from captum_llm_ext.model.suitability import UnreadableAttentionError
 from captum_llm_ext.scoring.checks import check_finite, is_random
 from captum_llm_ext.scoring.positions import TargetSpan
 from captum_llm_ext.scoring.teacher_forcing import Pass, TeacherForcing
@@ -75,7 +76,7 @@ class Selection:
     def check(self, model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
         """Refuse a model none of whose `modules` gave attention, and a layer that holds none."""
         if not modules:
-            raise ValueError(
+            raise UnreadableAttentionError(
                 f"{type(model).__name__} gives no attention weights: it has no attention, or its "
                 "attention cannot be computed with the implementation 'eager'"
             )
@@ -221,7 +222,7 @@ class _Reading:
     def check_every_attention(self) -> None:
         """Refuse a model of which an attention ran and was not read."""
         if unread := self._unread():
-            raise ValueError(
+            raise UnreadableAttentionError(
                 f"the attention of {', '.join(unread[:4])} cannot be read: it returns no weights "
                 f"(n_heads, {self.forcing.row.length}, {self.forcing.row.length}) of all tokens to "
                 "all tokens. Choose other layers"
@@ -243,7 +244,7 @@ def check_eager(forcing: TeacherForcing, scored: Pass) -> None:
     with evaluating(forcing.model):
         expected = forcing.run(forcing.ids, forcing.whole)
     if not scored.agrees_with(expected) and not is_random(forcing):
-        raise ValueError(
+        raise UnreadableAttentionError(
             f"{type(forcing.model).__name__} has other scores with eager attention, which returns "
             "the weights, than as it is: they are not the model's own weights. Let it compute "
             'everything so: model.set_attn_implementation("eager")'
@@ -257,7 +258,7 @@ class _NotExplainedError(Exception):
 def _check_causal(model: str, name: str, weights: Tensor, rows: Tensor) -> None:
     later = torch.arange(weights.size(-1)) > rows[:, None]
     if (weights * later.to(weights.device) > 0).any():
-        raise ValueError(
+        raise UnreadableAttentionError(
             f"{model} is not causal: in {name} a token attends to later ones, so "
             "one pass does not give the attention with which the target is generated"
         )
@@ -266,7 +267,7 @@ def _check_causal(model: str, name: str, weights: Tensor, rows: Tensor) -> None:
 def check_same_heads(layers: Sequence[LayerAttention]) -> None:
     counts = sorted({len(layer.targets) for layer in layers})
     if len(counts) > 1:
-        raise ValueError(
+        raise UnreadableAttentionError(
             f"the layers have different numbers of heads, {counts}: choose heads that all of "
             "them have, or fewer layers"
         )

@@ -16,6 +16,7 @@ from transformers import DynamicCache
 
 from captum_llm_ext.attention.hooks import configs
 from captum_llm_ext.compat import DynamicLayer, DynamicSlidingWindowLayer
+from captum_llm_ext.model.suitability import UnreadableAttentionError
 from captum_llm_ext.scoring.teacher_forcing import tolerance
 
 
@@ -35,12 +36,12 @@ def cached_values(cache: Any, block: int, module: nn.Module, n_heads: int) -> Te
     Heads that share values share them here too.
 
     Raises:
-        ValueError: the cache holds something else.
+        UnreadableAttentionError: the cache holds something else.
     """
     index = getattr(module, "layer_idx", block)
     values = getattr(cache.layers[index], "values", None) if index < len(cache.layers) else None
     if not isinstance(values, Tensor) or values.dim() != 4 or n_heads % values.size(1):
-        raise ValueError(not_a_sum(module))
+        raise not_a_sum(module)
     return values[0].float().repeat_interleave(n_heads // values.size(1), dim=0)
 
 
@@ -78,9 +79,9 @@ def agree(values: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
     return bool((values.float() - expected.float()).abs().max() <= allowed)
 
 
-def not_a_sum(module: nn.Module) -> str:
-    """Why the flow and the value norms of an attention module are not defined."""
-    return (
+def not_a_sum(module: nn.Module) -> UnreadableAttentionError:
+    """Says why the flow and the value norms of an attention module are not defined."""
+    return UnreadableAttentionError(
         f"the reductions 'value_norm', 'flow' and 'flow_rollout' are not defined for "
         f"{type(module).__name__}: its output is not the sum of the values in the cache, weighted "
         "and projected; use 'mean', 'max' or 'rollout'"

@@ -31,7 +31,7 @@ from captum_llm_ext.model.layers import (
     resolve_sites,
 )
 from captum_llm_ext.model.lock import one_call_at_a_time
-from captum_llm_ext.model.suitability import check_pair
+from captum_llm_ext.model.suitability import UnreadableAttentionError, check_pair
 from captum_llm_ext.results.attention import LLMAttentionAttributionResult
 from captum_llm_ext.scoring.checks import warn_of_dropout
 from captum_llm_ext.scoring.positions import Positions
@@ -241,12 +241,12 @@ class LLMAttentionAttribution(BaseLLMAttribution):
 
 def _check_attention(model: nn.Module) -> None:
     if not configs(model):
-        raise ValueError(
+        raise UnreadableAttentionError(
             f"{type(model).__name__} gives no attention weights: expected a causal language model "
             "of transformers, whose attention can be computed with the implementation 'eager'"
         )
     if task_of(model).name == QA:
-        raise ValueError(
+        raise UnreadableAttentionError(
             f"{type(model).__name__} is not causal: expected a causal language model or an "
             "encoder-decoder model"
         )
@@ -255,7 +255,7 @@ def _check_attention(model: nn.Module) -> None:
 def _check_cross(reduction: str, include_generated: bool, include_prompt: bool) -> None:
     """Refuse what the attention of a decoder to an encoder does not have."""
     if reduction not in CROSS_REDUCTIONS:
-        raise ValueError(
+        raise UnreadableAttentionError(
             f"reduction={reduction!r} is not defined for the attention of a decoder to an "
             f"encoder: use one of {', '.join(CROSS_REDUCTIONS)}"
         )

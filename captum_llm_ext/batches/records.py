@@ -26,7 +26,7 @@ class Explainer:
 
     model: nn.Module
     tokenizer: Any
-    method: str
+    method: str | None
     layers: Layers | None
     by: str
     roles: Sequence[str]

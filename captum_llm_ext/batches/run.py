@@ -26,6 +26,7 @@ from captum_llm_ext.batches.output import output_format, write_output
 from captum_llm_ext.batches.processes import Process, this_process
 from captum_llm_ext.batches.records import Explainer, Warner
 from captum_llm_ext.batches.settings import batch_settings, check_settings, write_whole
+from captum_llm_ext.choosing import automatic_methods
 from captum_llm_ext.explaining import Layers, check_options
 from captum_llm_ext.model.lock import holding
 
@@ -64,7 +65,7 @@ def batch(
     out: str | Path,
     *,
     target: str | None = None,
-    method: str = "saliency",
+    method: str | None = None,
     layers: Layers | None = None,
     by: str = "token",
     roles: Sequence[str] = ("user",),
@@ -92,7 +93,8 @@ def batch(
         out: the file to write, ".jsonl" or ".parquet"; it must not exist. Until it is written, the
             folder ``<out>.batch`` keeps the finished records; afterwards it keeps the settings.
         target: the target of every line without its own. Default: generated.
-        method: as in `explain`.
+        method: as in `explain`. Without one, `explain` chooses for each line by itself: a line with
+            a "contrast_target" has "saliency". The line's result says which, as "method".
         layers: as in `explain`.
         by: what a feature of a prompt or of messages is: "token" (default), "word", "sentence",
             "line" or "paragraph"; for messages also "message".
@@ -136,7 +138,9 @@ def batch(
     check_options(model, tokenizer, method, layers, kwargs)
     lines = read_lines(prompts)
     explainer = Explainer(model, tokenizer, method, layers, by, roles, target, seed, kwargs)
-    request = {"method": method, "layers": layers, "by": by, "roles": roles} | kwargs
+    # Options may change the choice, also those that have no other effect.
+    chosen = automatic_methods(model, layers, kwargs) if method is None else method
+    request = {"method": chosen, "layers": layers, "by": by, "roles": roles} | kwargs
     settings = batch_settings(model, tokenizer, lines, {**request, "target": target, "seed": seed})
     files = _Files(out)
     with files.of_process(process, settings) as finished:

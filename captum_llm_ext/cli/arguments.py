@@ -14,7 +14,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, NoReturn
 
-from captum_llm_ext.registry import CHOICES, METHODS
+from captum_llm_ext.registry import AUTOMATIC, CHOICES, METHODS
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -107,9 +107,10 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--method",
         choices=METHODS,
-        default="saliency",
+        default=None,
         help="; ".join(f"{name}: {method.help}" for name, method in METHODS.items())
-        + " (default: %(default)s)",
+        + f" (default: {AUTOMATIC[0]} where the model's attention can be read and neither --layers "
+        f"nor an option is given that it lacks, else {AUTOMATIC[-1]})",
     )
     add(
         "--layers",

@@ -46,6 +46,16 @@ EXPECTED = (
 )
 
 
+class UnreadableAttentionError(ValueError):
+    """The attention of a model, or of this kind, cannot be read; says what to use instead."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(
+            f"{problem}. Methods with gradients (LLMGradientAttribution) and by perturbation "
+            "(LLMAttribution) need no attention"
+        )
+
+
 def check_head(class_name: str, holder: str = "") -> None:
     """Refuse a class of transformers or PEFT that has no head to attribute.
 

@@ -12,7 +12,6 @@ from torch import Tensor
 from captum_llm_ext.results.json_format import fields_of
 from captum_llm_ext.results.layered import LLMLayerAttributionResult
 from captum_llm_ext.results.merge import Spans
-from captum_llm_ext.results.single import LLMAttributionResult
 from captum_llm_ext.results.values import checked_tensor, count, optional_tensor
 
 if TYPE_CHECKING:
@@ -57,6 +56,8 @@ class LLMAttentionAttributionResult(LLMLayerAttributionResult):
         layer_seq_attr: shape (n_layers, n_input), of the whole target; None (default) for the mean
             over its tokens.
         inp: the attributed interpretable input, or None (default).
+        method: the method that made it, by the name that `explain` has for it; None (default) where
+            another caller did. It does not count when results are compared.
         output_labels: names of the output tokens in tables and plots, which keep leading spaces;
             None (default) for `output_tokens`.
         starts_prompt: whether the first input token is the first token of the prompt, where
@@ -97,6 +98,7 @@ class LLMAttentionAttributionResult(LLMLayerAttributionResult):
         output_probs: npt.ArrayLike | None = None,
         layer_seq_attr: npt.ArrayLike | None = None,
         inp: InterpretableInput | None = None,
+        method: str | None = None,
         output_labels: list[str] | None = None,
         starts_prompt: bool | None = None,
     ) -> None:
@@ -122,6 +124,7 @@ class LLMAttentionAttributionResult(LLMLayerAttributionResult):
             layer_token_attr=layer_token_attr,
             output_probs=output_probs,
             inp=inp,
+            method=method,
             output_labels=output_labels,
             starts_prompt=starts_prompt,
         )
@@ -176,5 +179,4 @@ class LLMAttentionAttributionResult(LLMLayerAttributionResult):
 
     def _title(self) -> str:
         layers, heads = count(len(self), "layer"), count(len(self.heads), "head")
-        tokens = LLMAttributionResult._title(self)
-        return f"{tokens}, attention, {self.reduction} over {heads} of {layers}"
+        return f"{self._counts()}, attention, {self.reduction} over {heads} of {layers}"

@@ -39,6 +39,7 @@ class DisplayMixin:
     score_path: Tensor | None
     output_labels: list[str] | None
     starts_prompt: bool
+    method: str | None
 
     if TYPE_CHECKING:
 
@@ -202,6 +203,9 @@ class DisplayMixin:
         return self.convergence_delta
 
     def _title(self) -> str:
+        return self._counts() if self.method is None else f"{self._counts()}, {self.method}"
+
+    def _counts(self) -> str:
         n_input, n_output = len(self.input_tokens), len(self.output_tokens)
         return f"{count(n_input, 'input token')} -> {count(n_output, 'output token')}"
 

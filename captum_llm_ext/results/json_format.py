@@ -121,7 +121,8 @@ _FLAG = _optional(_plain(bool, "true, false or null"))
 _TENSOR = Field(_write_tensor, _read_tensor)
 _MAYBE_TENSOR = _optional(_TENSOR)
 
-_OF_DISPLAY = {
+_ADDED = {
+    "method": replace(_optional(_TEXT), added=True),
     "output_labels": replace(_optional(_TEXTS), added=True),
     "starts_prompt": replace(_FLAG, added=True),
 }
@@ -133,7 +134,7 @@ _OF_EVERY_RESULT = {
     "output_probs": _MAYBE_TENSOR,
     "convergence_delta": _MAYBE_TENSOR,
     "norm": _optional(_TEXT),
-} | _OF_DISPLAY
+} | _ADDED
 _OF_ONE_LAYER = _OF_EVERY_RESULT | {
     "hidden_attr": _MAYBE_TENSOR,
     "score_path": _MAYBE_TENSOR,
@@ -169,7 +170,7 @@ FIELDS: dict[str, dict[str, Field]] = {
         "prompt_tokens": _optional(_TEXTS),
         "output_probs": _MAYBE_TENSOR,
     }
-    | _OF_DISPLAY,
+    | _ADDED,
 }
 
 

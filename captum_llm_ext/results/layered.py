@@ -66,6 +66,8 @@ class LLMLayerAttributionResult(LLMAttributionResult, Mapping[str, LLMAttributio
             shape (2, n_points), or None (default).
         norm: "l1", "l2" or "linf" where values are norms of gradients; None (default) where values
             are attributions that add up.
+        method: the method that made it, by the name that `explain` has for it; None (default) where
+            another caller did. It does not count when results are compared.
         output_labels: names of the output tokens in tables and plots, which keep leading spaces;
             None (default) for `output_tokens`.
         starts_prompt: whether the first input token is the first token of the prompt, where
@@ -107,6 +109,7 @@ class LLMLayerAttributionResult(LLMAttributionResult, Mapping[str, LLMAttributio
         layer_converged: Sequence[bool | None] | None = None,
         norm: str | None = None,
         layer_score_paths: Sequence[Tensor | None] | None = None,
+        method: str | None = None,
         output_labels: list[str] | None = None,
         starts_prompt: bool | None = None,
     ) -> None:
@@ -138,6 +141,7 @@ class LLMLayerAttributionResult(LLMAttributionResult, Mapping[str, LLMAttributio
             converged=all(converged) if converged else None,
             norm=norm,
             score_path=_common_path(self.layer_score_paths),
+            method=method,
             output_labels=output_labels,
             starts_prompt=starts_prompt,
         )
@@ -176,6 +180,37 @@ class LLMLayerAttributionResult(LLMAttributionResult, Mapping[str, LLMAttributio
             converged=self.layer_converged[index],
             norm=self.norm,
             score_path=self.layer_score_paths[index],
+            method=self.method,
+            output_labels=self.output_labels,
+            starts_prompt=self.starts_prompt,
+        )
+
+    def without_layers(self) -> LLMAttributionResult:
+        """The attribution over all layers alone, which is small to store.
+
+        Example:
+            >>> result = LLMLayerAttributionResult(
+            ...     input_tokens=["ĠFrance", "Ġis"],
+            ...     output_tokens=["ĠParis"],
+            ...     layer_names=["model.layers.0.mlp", "model.layers.1.mlp"],
+            ...     layer_seq_attr=[[1.0, 2.0], [3.0, -1.0]],
+            ... )
+            >>> result.without_layers().seq_attr
+            tensor([2.0000, 0.5000])
+        """
+        return LLMAttributionResult(
+            input_tokens=self.input_tokens,
+            output_tokens=self.output_tokens,
+            seq_attr=self.seq_attr,
+            token_attr=self.token_attr,
+            output_probs=self.output_probs,
+            inp=self.inp,
+            convergence_delta=self._footer_delta(),
+            n_evaluations=self.n_evaluations,
+            converged=self.converged,
+            norm=self.norm,
+            score_path=self.score_path,
+            method=self.method,
             output_labels=self.output_labels,
             starts_prompt=self.starts_prompt,
         )

@@ -56,6 +56,8 @@ class LLMAttributionResult(DisplayMixin, ExportMixin, CaptumLLMAttributionResult
             (default); see `plot_path`.
         norm: "l1", "l2" or "linf" where values are norms of gradients; None (default) where values
             are attributions that add up.
+        method: the method that made it, by the name that `explain` has for it; None (default) where
+            another caller did. It does not count when results are compared.
         output_labels: names of the output tokens in tables and plots, which keep leading spaces;
             None (default) for `output_tokens`.
         starts_prompt: whether the first input token is the first token of the prompt, where
@@ -96,9 +98,11 @@ class LLMAttributionResult(DisplayMixin, ExportMixin, CaptumLLMAttributionResult
         converged: bool | None = None,
         norm: str | None = None,
         score_path: Tensor | None = None,
+        method: str | None = None,
         output_labels: list[str] | None = None,
         starts_prompt: bool | None = None,
     ) -> None:
+        self.method = method
         self.n_evaluations, self.converged, self.norm = n_evaluations, converged, checked_norm(norm)
         super().__init__(
             input_tokens=token_list("input_tokens", input_tokens),
@@ -203,7 +207,8 @@ class LLMAttributionResult(DisplayMixin, ExportMixin, CaptumLLMAttributionResult
         if type(other) is not type(self):
             return NotImplemented
         mine, theirs = vars(self), vars(other)
-        return all(equal(mine[name], theirs.get(name)) for name in mine if name != "inp")
+        compared = mine.keys() - {"inp", "method"}
+        return all(equal(mine[name], theirs.get(name)) for name in compared)
 
     def _checked_hidden(self, name: str, hidden_attr: Tensor | None) -> Tensor | None:
         inputs = {"n_input": len(self.input_tokens), "hidden": None}
