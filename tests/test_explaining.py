@@ -73,13 +73,6 @@ def test_other_methods_are_the_wrapper_with_the_named_method(model, tokenizer, m
     assert result == wrapper.attribute(TextTokenInput(PROMPT, tokenizer), target=TARGET)
 
 
-def test_default_is_the_saliency_of_the_embeddings(model, tokenizer):
-    layer = model.get_input_embeddings()
-    assert explain(model, tokenizer, PROMPT, TARGET) == explain(
-        model, tokenizer, PROMPT, TARGET, "saliency", layer
-    )
-
-
 @pytest.mark.parametrize(
     "layers",
     [
@@ -170,7 +163,7 @@ def test_a_plain_module_needs_its_layer_named(tokenizer):
     assert isinstance(result, LLMAttributionResult)
 
 
-@pytest.mark.parametrize("method", ["", "IG", "shap", None])
+@pytest.mark.parametrize("method", ["", "IG", "shap"])
 def test_unknown_method_names_those_there_are(model, tokenizer, method):
     with pytest.raises(ValueError, match=r"saliency, ig, .*, attention, flow, flow_rollout; got"):
         explain(model, tokenizer, PROMPT, TARGET, method)

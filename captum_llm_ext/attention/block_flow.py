@@ -60,7 +60,10 @@ class BlockRun:
         """
         heads = self._heads()
         mixed = heads.mixed.flatten(1)
-        for module, inputs, outputs in self.modules:
+        first = mixed.data_ptr()  # the projection is mostly fed the same memory
+        for module, inputs, outputs in sorted(
+            self.modules, key=lambda run: run[1].data_ptr() != first
+        ):
             if inputs.shape == (1, *mixed.shape) and agree(inputs[0], mixed, inputs.dtype):
                 matrix = linear_map(module, inputs, outputs)
                 if matrix is not None:
@@ -108,9 +111,13 @@ class BlockRun:
 
     def _residual_factor(self, states: Tensor, rows: Tensor, added: Tensor) -> float:
         """The factor by which the block scales the attention's output before the residual sum."""
+        if self.state is None:
+            return 1.0
+        seen = {self.state.data_ptr()}
         for _, inputs, _ in self.modules:
-            if self.state is None or inputs.shape != self.state.shape:
+            if inputs.shape != self.state.shape or inputs.data_ptr() in seen:
                 continue
+            seen.add(inputs.data_ptr())  # several modules are fed the same
             difference = inputs[0, rows].float() - states
             factor = float((difference * added).sum() / added.square().sum().clamp(min=1e-30))
             error = (difference - factor * added).abs().max()

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-ELEMENTS = 2**18  # of a tensor of parts that is held at a time
 TINY = torch.finfo(torch.float32).tiny
 
 
@@ -79,9 +78,11 @@ class BlockFlow:
         """(n_rows, n_heads, length) of what heads carry, and (n_rows,) of the residual."""
         whole, carried = self.whole, self.carried.flatten(0, 1)
         by_row = self.weights.transpose(0, 1).flatten(1)
-        at_once = max(1, ELEMENTS // carried.numel())
-        pairs = zip(whole.split(at_once), by_row.split(at_once), strict=True)
-        parts = torch.cat([closeness(rows, w[..., None] * carried) for rows, w in pairs])
+        distances, rest = torch.empty_like(by_row), torch.empty_like(carried)
+        for row, weights, distance in zip(whole, by_row[..., None], distances, strict=True):
+            torch.addcmul(row, weights, carried, value=-1, out=rest)  # one row's parts at a time
+            torch.sum(rest.abs_(), -1, out=distance)
+        parts = (whole.abs().sum(-1, keepdim=True) - distances).clamp(min=0)
         residual = closeness(whole, self.states[:, None])[:, 0]
         return parts.unflatten(1, self.carried.shape[:2]), residual
 

@@ -56,7 +56,7 @@ class HeadsCall:
         rows = rows.to(self.query.device)
         scaling = self.options.get("scaling")
         scaling = self.query.size(-1) ** -0.5 if scaling is None else scaling
-        scores = self.query[:, rows].float() @ self._repeated(self.key).transpose(1, 2) * scaling
+        scores = self._of_groups(self.query[:, rows], self.key.transpose(1, 2)) * scaling
         if softcap := self.options.get("softcap"):
             scores = softcap * torch.tanh(scores / softcap)
         scores = self._masked(scores, rows)
@@ -65,9 +65,17 @@ class HeadsCall:
             sinks = sinks.float().view(-1, 1, 1).expand(-1, len(rows), 1)
             scores = torch.cat([scores, sinks], dim=-1)
         weights = scores.softmax(-1)[..., : self.key.size(1)]
-        mixed, expected = weights @ self.values, self.mixed[rows].transpose(0, 1).float()
+        mixed, expected = (
+            self._of_groups(weights, self.value),
+            self.mixed[rows].transpose(0, 1).float(),
+        )
         allowed = tolerance(self.mixed.dtype) * expected.abs().max()
         return weights if (mixed - expected).abs().max() <= allowed else None
+
+    def _of_groups(self, of_heads: Tensor, of_groups: Tensor) -> Tensor:
+        """The products (n_heads, rows, …) with what groups of heads share, which is not repeated."""
+        grouped = of_heads.float().unflatten(0, (len(of_groups), -1)).flatten(1, 2)
+        return (grouped @ of_groups.float()).view(*of_heads.shape[:2], -1)
 
     def _repeated(self, of_groups: Tensor) -> Tensor:
         return of_groups.float().repeat_interleave(self.query.size(0) // self.key.size(0), dim=0)

@@ -138,9 +138,9 @@ def batch(
     check_options(model, tokenizer, method, layers, kwargs)
     lines = read_lines(prompts)
     explainer = Explainer(model, tokenizer, method, layers, by, roles, target, seed, kwargs)
-    # Options may change the choice, also those that have no other effect.
-    chosen = automatic_methods(model, layers, kwargs) if method is None else method
-    request = {"method": chosen, "layers": layers, "by": by, "roles": roles} | kwargs
+    request = {"layers": layers, "by": by, "roles": roles, **kwargs, "method": method}
+    if method is None:  # options change the choice, also those that have no other effect
+        request["method"] = automatic_methods(model, layers, kwargs)
     settings = batch_settings(model, tokenizer, lines, {**request, "target": target, "seed": seed})
     files = _Files(out)
     with files.of_process(process, settings) as finished:

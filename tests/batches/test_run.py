@@ -226,6 +226,24 @@ def test_options_without_effect_on_results_may_change(tmp_path):
     out = tmp_path / "results.jsonl"
     report = run(["Palm Coast"], out, internal_batch_size=2)
     assert run(["Palm Coast"], out, internal_batch_size=4, show_progress=True) == report
+    # But not where they change the method that is chosen.
+    with pytest.raises(ValueError, match=r'settings \(method: \["saliency"\] then, \["flow", '):
+        run(["Palm Coast"], out)
+
+
+def test_each_line_has_the_method_that_its_options_allow(tmp_path, monkeypatch):
+    lines = [
+        {"prompt": "Palm Coast", "target": " golf"},
+        {"prompt": "Palm Coast", "target": " golf", "contrast_target": " hiking"},
+    ]
+    out = tmp_path / "results.jsonl"
+    run(lines, out)
+    assert [record["result"]["method"] for record in records(out)] == ["flow", "saliency"]
+    monkeypatch.setenv("WORLD_SIZE", "2")  # another process has the other line
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        run(lines, tmp_path / "resumed.jsonl")
+    assert (tmp_path / "resumed.jsonl").read_bytes() == out.read_bytes()
 
 
 def test_a_finished_batch_is_left_alone(tmp_path):

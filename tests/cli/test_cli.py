@@ -25,7 +25,7 @@ EXPLAIN = "captum_llm_ext.explaining.explain"
 LOAD_DEMO_MODEL = "captum_llm_ext.model.loading.load_demo_model"
 # Design figures of the L1 saliency of each prompt token.
 SALIENCY = """\
-5 input tokens -> 1 output token
+5 input tokens -> 1 output token, saliency
 
           sequence  Paris
 The           80.8   80.8
@@ -110,7 +110,7 @@ def test_warnings_are_one_line_each(run):
 
 def test_generated_target(run):
     _, out, _ = run("--max-new-tokens", "1", "--no-color")
-    assert "-> 1 output token\n" in out
+    assert "-> 1 output token, flow\n" in out
 
 
 def test_chat(run, folder):
@@ -296,7 +296,8 @@ def test_version(capsys):
 @pytest.mark.real_model
 def test_demo_model_from_the_command_line(demo_model, monkeypatch, capsys):
     monkeypatch.setattr(LOAD_DEMO_MODEL, lambda: demo_model)
-    assert cli.main(["The capital of France is", "--max-new-tokens", "1", "--no-color"]) == 0
+    arguments = ["--method", "saliency", "--max-new-tokens", "1", "--no-color"]
+    assert cli.main(["The capital of France is", *arguments]) == 0
     assert_printed_alike(capsys.readouterr().out, SALIENCY)
 
 
