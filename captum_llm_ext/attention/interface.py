@@ -65,15 +65,13 @@ class HeadsCall:
             sinks = sinks.float().view(-1, 1, 1).expand(-1, len(rows), 1)
             scores = torch.cat([scores, sinks], dim=-1)
         weights = scores.softmax(-1)[..., : self.key.size(1)]
-        mixed, expected = (
-            self._of_groups(weights, self.value),
-            self.mixed[rows].transpose(0, 1).float(),
-        )
+        mixed = self._of_groups(weights, self.value)
+        expected = self.mixed[rows].transpose(0, 1).float()
         allowed = tolerance(self.mixed.dtype) * expected.abs().max()
         return weights if (mixed - expected).abs().max() <= allowed else None
 
     def _of_groups(self, of_heads: Tensor, of_groups: Tensor) -> Tensor:
-        """The products (n_heads, rows, …) with what groups of heads share, which is not repeated."""
+        """The products (n_heads, rows, …) with what groups of heads share."""
         grouped = of_heads.float().unflatten(0, (len(of_groups), -1)).flatten(1, 2)
         return (grouped @ of_groups.float()).view(*of_heads.shape[:2], -1)
 
