@@ -38,8 +38,8 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	@mkdir -p demo
-	@echo "== which words of the question each token of the answer needs: two-stage ablation"
-	$(BIN)/captum-llm-ext "$(QUESTION)" --chat --by word --method two_stage --out demo/answer.png
+	@echo "== which words of the question flow into each token of the answer"
+	$(BIN)/captum-llm-ext "$(QUESTION)" --chat --by word --out demo/answer.png
 	@echo "== gradient x activation of 121 layers at once: embeddings; q, k, v and mlp of every block"
 	$(BIN)/captum-llm-ext "$(DAVE)" --target " $(GOLF)" --method gradxact \
 		--layers embed_tokens "model.layers.*.self_attn.[qkv]_proj" "model.layers.*.mlp" \

@@ -20,21 +20,20 @@ from captum_llm_ext import chat_input, explain, load_demo_model, segment_input
 IMAGES = Path(__file__).parent / "images"
 PROMPT, TARGET = "The capital of France is", " Paris"
 QUESTION = "Anna sells bread. The train is late. Where does Anna work?"
-FAITHFUL = "two_stage"  # the method that README, docs/index.md and `make demo` lead with
 BLOCKS = ["model.layers.[0-9]", "model.layers.[0-9][0-9]"]
 
 
 def bakery(model: Any, tokenizer: Any) -> None:
     inp = chat_input([{"role": "user", "content": QUESTION}], tokenizer, by="word")
-    _save(explain(model, tokenizer, inp, method=FAITHFUL).plot_token_attr(), "bakery")
+    _save(explain(model, tokenizer, inp).plot_token_attr(), "bakery")
 
 
 def capital(model: Any, tokenizer: Any) -> None:
-    _save(explain(model, tokenizer, PROMPT, TARGET).plot_token_attr(), "capital")
+    _save(explain(model, tokenizer, PROMPT, TARGET, "saliency").plot_token_attr(), "capital")
 
 
 def layers(model: Any, tokenizer: Any) -> None:
-    found = explain(model, tokenizer, PROMPT, TARGET, layers=BLOCKS)
+    found = explain(model, tokenizer, PROMPT, TARGET, "saliency", layers=BLOCKS)
     _save(found.plot_layer_attr(), "layers")  # type: ignore[attr-defined]
 
 
