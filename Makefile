@@ -74,6 +74,7 @@ bench: $(STAMP)
 	$(BIN)/python -m tests.benchmarks.perturbations
 	$(BIN)/python -m tests.benchmarks.prefixes
 	$(BIN)/python -m tests.benchmarks.forward
+	$(BIN)/python -m tests.benchmarks.flow
 	@echo "== 4, 8 and 16 bits against float32"
 	$(BIN)/python -m tests.benchmarks.quantization
 
