@@ -19,7 +19,7 @@ from captum_llm_ext.model.layers import named_layers
 
 VALUES_PER_WEIGHT = 8
 # These options change how the work is done, and not its results.
-WITHOUT_EFFECT = ("internal_batch_size", "perturbations_per_eval", "show_progress")
+WITHOUT_EFFECT = ("internal_batch_size", "perturbations_per_eval", "show_progress", "check")
 
 
 def batch_settings(

@@ -37,14 +37,18 @@ def is_cheaper(n_groups: int, n_output: int) -> bool:
 class ForwardMode:
     """Forward mode for one path of one layer, until the model turns out not to have it.
 
-    groups: the positions of each feature that the path moves.
+    groups: the positions of each feature that the path moves. Whether the model has it is
+    remembered for each layer.
     """
 
     def __init__(self, path: LayerPath) -> None:
         self.path, self.site = path, path.moved[0]
-        self.checked = False  # whether it agreed with a backward pass
+        forcing = path.trace.forcing
+        self.known = forcing.known
+        self.question = "forward mode", self.site.name, self.site.at_input, forcing.dtype
         groups = path.trace.positions[self.site].groups(path.moves(self.site))
-        self.groups = groups if is_cheaper(len(groups), len(path.trace.span)) else []
+        cheaper = is_cheaper(len(groups), len(path.trace.span))
+        self.groups = groups if cheaper and self.known.get(self.question, True) else []
 
     def add(
         self,
@@ -63,9 +67,8 @@ class ForwardMode:
             if "forward" not in str(error):
                 raise
             return self._give_up(error)
-        if not self.checked and not self._agrees(at, directions, derived):
+        if not self.known.ask(self.question, lambda: self._agrees(at, directions, derived)):
             return self._give_up("its derivatives are not those of a backward pass")
-        self.checked = True
         span = self.path.target_slice
         for group, (tokens, sequence, scores) in zip(self.groups, derived, strict=True):
             self.path.note(points, scores)
@@ -79,7 +82,7 @@ class ForwardMode:
 
     def _give_up(self, reason: object) -> bool:
         logger.info("no forward mode in this model (%s): going backward", reason)
-        self.groups = []
+        self.groups, self.known[self.question] = [], False
         return False
 
     def _agrees(

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from captum_llm_ext.model.hooks import embedding_leaves, reading
 from captum_llm_ext.model.layers import Site
 
 if TYPE_CHECKING:
@@ -26,12 +25,10 @@ class InputPoint:
 
     def add_gradients(self) -> None:
         """Add the gradients, times the layers' values where the method multiplies."""
-        trace, sites = self.trace, self.trace.alive
-        ids = trace.forcing.fed(trace.span)
-        with embedding_leaves(trace.forcing.model, ids), reading(sites) as values:
-            scored = trace.forcing.run(ids, trace.span, sites)
-        wrt = [values[site] for site in sites]
-        options = self.plan.grad_kwargs
+        sites, options = self.trace.alive, self.plan.grad_kwargs
+        values = {site: self.trace.layers[site].tensor for site in sites}
+        wrt, scored = list(values.values()), self.trace.scored
+        assert scored is not None, "a trace for paths has no graph"
         for output, gradients in scored.gradients(wrt, self.plan.per_token, **options):
             for site, gradient in zip(sites, gradients, strict=True):
                 part = gradient.float()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from captum_llm_ext.gradients.adaptive import NEAR_START
 from captum_llm_ext.gradients.forward_mode import ForwardMode
 from captum_llm_ext.gradients.method import DIFFERENCE, GradientMethod
 from captum_llm_ext.gradients.totals import LayerTotal, Plan, difference_floor
-from captum_llm_ext.gradients.trace import Trace
+from captum_llm_ext.gradients.trace import Trace, all_scores
 from captum_llm_ext.model.hooks import reading, replaying, writing
 from captum_llm_ext.model.layers import Site
 from captum_llm_ext.model.memory import Halving
@@ -57,8 +58,9 @@ class LayerPath:
         self.halving = Halving(self.plan.rows)
         self.seen: dict[float, float] = {}  # path point -> sequence score there
         self.replayed = self.trace.replayable(self.moved)
-        self.ends = self._scored_ends()
-        self.leap = self._leap() if self.method.sums_to == DIFFERENCE else 0.0
+        start, near, end = self._scored_ends()
+        self.ends = torch.stack([start, end])
+        self.leap = self._leap(near) if self.method.sums_to == DIFFERENCE else 0.0
         self.forward_mode = ForwardMode(self) if self.plan.forward else None
 
     @property
@@ -152,18 +154,23 @@ class LayerPath:
         moves = (LayerPath.difference(self, site, 1)[0] != 0).flatten(1).any(1)
         return moves if self.method.multiplies else torch.ones_like(moves)
 
-    @torch.no_grad()
     def scores(self, points: Tensor) -> Tensor:
         """Scores (n_points, n_checks): of the span's tokens and the sequence, or of that alone."""
-        values = self.values_at(points)
+        scores = self._scores_at(self.values_at(points))
+        self.note(points, scores[:, -1])
+        return self._checked(scores)
+
+    @torch.no_grad()
+    def _scores_at(self, values: Mapping[Site, Tensor]) -> Tensor:
+        """(rows, len(span) + 1) with the layers at these values."""
 
         def score(rows: slice) -> Tensor:
             with writing(_part(values, rows)):
                 scored = self.score_rows(rows.stop - rows.start)
-            self.note(points[rows], scored.sequence_score())
-            return self.checked_scores(scored)
+            self.precision = scored.precision
+            return all_scores(scored)
 
-        return torch.cat(self.halving(score, len(points)))
+        return torch.cat(self.halving(score, len(next(iter(values.values())))))
 
     def values_at(self, points: Tensor) -> dict[Site, Tensor]:
         """The values (n_points, …) of the layers that move."""
@@ -178,10 +185,9 @@ class LayerPath:
         sums = [totals[site].sums(self.target_slice) for site in self.read]
         return torch.stack(sums).sum(0, keepdim=True)
 
-    def checked_scores(self, scored: Pass) -> Tensor:
-        """(rows, n_checks) the scores that sums are compared with."""
-        sequence = scored.sequence_score()[:, None]
-        return torch.cat([scored.token_scores(), sequence], 1) if self.plan.per_token else sequence
+    def _checked(self, scores: Tensor) -> Tensor:
+        """(rows, n_checks) those of the scores that sums are compared with."""
+        return scores if self.plan.per_token else scores[:, -1:]
 
     @property
     def scale(self) -> Tensor:
@@ -202,42 +208,38 @@ class LayerPath:
         with replaying(trace.blocks[: self.replayed], state, rows):
             return trace.forcing.run(ids, trace.span, sites)
 
-    @torch.no_grad()
     def _scored_ends(self) -> Tensor:
-        """The scores (2, n_checks) at the start and end.
+        """The scores (3, n_checks) at the start, next to it, and at the end.
 
-        They say whether blocks can be replayed, beyond what the graph says: what a model passes
-        from block to block may carry no gradients, and then the path does not end at the model's
-        own scores, or blocks miss what they need.
+        The end's are those of the pass at the input. Where blocks are replayed they are computed
+        again, and say whether that is right, beyond what the graph says: what a model passes from
+        block to block may carry no gradients, and then the path does not end at the model's own
+        scores, or blocks miss what they need.
         """
-        layers = self.trace.layers
-        ends = {s: torch.cat([self.starts[s], layers[s].tensor]) for s in self.moved}
-        with writing(ends):
-            scored = self._replayed_ends()
-            if scored is None:
-                logger.info("blocks cannot be replayed in this model: running all of them")
-                self.replayed = 0
-                scored = self.score_rows(2)
-        self.precision = scored.precision
-        self.note(torch.tensor([0.0, 1.0]), scored.sequence_score())
-        return self.checked_scores(scored)
+        beginning, layers = self.values_at(torch.tensor([0.0, NEAR_START])), self.trace.layers
+        whole = {s: torch.cat([x, layers[s].tensor.to(x)]) for s, x in beginning.items()}
+        scores = self._replayed(whole) if self.replayed else None
+        if scores is None:
+            self.replayed, end = 0, self.trace.scores
+            scores = torch.cat([self._scores_at(beginning), end])
+        self.note(torch.tensor([0.0, 1.0]), scores[[0, 2], -1])
+        return self._checked(scores)
 
-    def _replayed_ends(self) -> Pass | None:
-        """The scores at both ends, or None where replayed blocks do not give the model's."""
-        try:
-            scored = self.score_rows(2)
-        except (AttributeError, IndexError, KeyError, TypeError):
-            if not self.replayed:
-                raise
-            return None
-        return scored if not self.replayed or self._reaches_input(scored) else None
+    def _replayed(self, values: Mapping[Site, Tensor]) -> Tensor | None:
+        """The scores, or None where replayed blocks do not give the model's."""
+        with suppress(AttributeError, IndexError, KeyError, TypeError):
+            scores = self._scores_at(values)
+            if self._reaches_input(scores[-1:]):
+                return scores
+        logger.info("blocks cannot be replayed in this model: running all of them")
+        return None
 
-    def _reaches_input(self, scored: Pass) -> bool:
+    def _reaches_input(self, scores: Tensor) -> bool:
         """Whether the path's end has the scores of the model at the input itself."""
-        scores, expected = scored.token_scores()[1], self.trace.scores
-        relative = 1e-3 if scored.precision in (torch.float32, torch.float64) else 5e-2
+        expected = self.trace.scores[:, :-1]
+        relative = 1e-3 if self.precision in (torch.float32, torch.float64) else 5e-2
         allowed = relative * expected.abs().clamp(min=1)
-        return bool(((scores - expected).abs() <= allowed).all())
+        return bool(((scores[:, :-1] - expected).abs() <= allowed).all())
 
     def note(self, points: Tensor, scores: Tensor) -> None:
         """Keep the sequence scores (rows,) at the points, for the picture of the path."""
@@ -257,10 +259,13 @@ class LayerPath:
             record = self.totals[site].record
             record.add(self.ends, self.seen, self.leap, self.target_slice)
 
-    def _leap(self) -> float:
-        """The share of the score difference that falls next to the start, or 0."""
-        (start, end), near = self.ends[:, -1].tolist(), self.scores(torch.tensor([NEAR_START]))
-        leap, largest = abs(float(near[0, -1]) - start), max(abs(start), abs(end))
+    def _leap(self, near: Tensor) -> float:
+        """The share of the score difference that falls next to the start, or 0.
+
+        near: (n_checks,) the scores there.
+        """
+        start, end = self.ends[:, -1].tolist()
+        leap, largest = abs(float(near[-1]) - start), max(abs(start), abs(end))
         is_probability = self.trace.forcing.target.attr_target == "prob"
         floor = largest if is_probability else max(1.0, largest)
         noise = tolerance(self.precision) * floor

@@ -16,14 +16,16 @@ from captum_llm_ext.inputs.baselines import PathStart
 from captum_llm_ext.inputs.features import Features
 from captum_llm_ext.model.layers import Site
 from captum_llm_ext.model.memory import free_bytes
+from captum_llm_ext.scoring.checks import warn_of_low_precision
 from captum_llm_ext.scoring.positions import TargetSpan
+from captum_llm_ext.scoring.preparation import Prepared
 from captum_llm_ext.scoring.teacher_forcing import TeacherForcing, tokens_per_pass
 
 SHARE_FOR_GRAPH = 0.5  # of what is free, for what autograd keeps of one pass
 
 
 def mean_over_runs(
-    forcing: TeacherForcing,
+    prepared: Prepared,
     methods: Sequence[GradientMethod],
     sites: Sequence[Site],
     features: Features,
@@ -31,14 +33,28 @@ def mean_over_runs(
     plan: Plan,
     show_progress: bool,
 ) -> dict[Site, LayerTotal]:
-    """The attributions of every layer, averaged over runs, each with its method and path start."""
-    plan = replace(plan, forward=_may_go_forward(forcing, methods[0], sites, features, plan))
-    total = sum(_n_rows(forcing, method, len(sites), plan) for method in methods)
-    sites = methods[0].sites(sites, forcing.model)
-    with tqdm(total=total, disable=not show_progress) as bar:
-        plan = replace(plan, advance=bar.update)
+    """The attributions of every layer, averaged over runs, each with its method and path start.
+
+    The pass at the input is the first of them all, and what the model is asked rides in it.
+    """
+    forcing, method = prepared.forcing, methods[0]
+    forward = _may_go_forward(forcing, method, sites, features, plan)
+    with method.surround(forcing.model), tqdm(disable=not show_progress) as bar:
+        traced = method.sites(sites, forcing.model)
+        trace, scored = Trace.of(forcing, forcing.whole, traced, features, method.has_path)
+        plan = replace(
+            plan,
+            forward=forward,
+            causal=prepared.is_causal(scored),
+            rows=plan.rows or rows_per_pass(forcing, method, trace.saved_bytes),
+            advance=bar.update,
+        )
+        if method.has_path:
+            warn_of_low_precision(scored.precision, sites, forcing.model)
+        del scored
+        bar.total = sum(_n_rows(forcing, each, len(sites), plan) for each in methods)
         runs = [
-            attribute_layers(forcing, method, sites, features, start, plan)
+            attribute_layers(trace, method, features, start, plan)
             for method, start in zip(methods, starts, strict=True)
         ]
     if len(runs) == 1:
@@ -47,33 +63,32 @@ def mean_over_runs(
 
 
 def attribute_layers(
-    forcing: TeacherForcing,
-    method: GradientMethod,
-    sites: Sequence[Site],
-    features: Features,
-    start: PathStart | None,
-    plan: Plan,
+    whole: Trace, method: GradientMethod, features: Features, start: PathStart | None, plan: Plan
 ) -> dict[Site, LayerTotal]:
-    """The attributions of every layer in one run. `start` is where its paths start."""
+    """The attributions of every layer in one run.
+
+    whole: the pass over the whole target; start: where paths start.
+    """
     totals: dict[Site, LayerTotal] = {}
-    target = forcing.target
-    with method.surround(forcing.model):
-        for span in _spans(forcing, method, plan):
-            trace = Trace.of(forcing, span, sites, features)
-            for site, layer in trace.layers.items():
-                new = LayerTotal(
-                    method,
-                    plan,
-                    trace.positions[site],
-                    layer.tensor,
-                    layer.depends_on_tokens,
-                    len(target),
-                    target.is_additive,
-                )
-                totals.setdefault(site, new)
-            if trace.alive:
-                for path in method.paths(trace, start, plan, totals):
-                    method.run(path)
+    forcing, sites = whole.forcing, list(whole.layers)
+    for span in _spans(forcing, method, plan):
+        trace = whole
+        if span != whole.span:
+            trace, _ = Trace.of(forcing, span, sites, features, method.has_path)
+        for site, layer in trace.layers.items():
+            new = LayerTotal(
+                method,
+                plan,
+                trace.positions[site],
+                layer.tensor,
+                layer.depends_on_tokens,
+                len(forcing.target),
+                forcing.target.is_additive,
+            )
+            totals.setdefault(site, new)
+        if trace.alive:
+            for path in method.paths(trace, start, plan, totals):
+                method.run(path)
     _judge(method, list(totals.values()), plan.joint)
     return totals
 
@@ -110,8 +125,11 @@ def _may_go_forward(
     return is_cheaper(features.n_columns, len(forcing.target))
 
 
-def rows_per_pass(forcing: TeacherForcing, method: GradientMethod) -> int:
-    """Path points per pass: for as many tokens as the device works on well, in free memory."""
+def rows_per_pass(forcing: TeacherForcing, method: GradientMethod, saved_bytes: int) -> int:
+    """Path points per pass: for as many tokens as the device works on well, in free memory.
+
+    saved_bytes: what autograd keeps of one row's pass.
+    """
     if not method.has_path:
         return 1
     device = forcing.ids.device
@@ -120,7 +138,7 @@ def rows_per_pass(forcing: TeacherForcing, method: GradientMethod) -> int:
     free = free_bytes(device) if useful > 1 else None
     if free is None:
         return useful
-    return max(1, min(useful, int(SHARE_FOR_GRAPH * free) // max(1, forcing.saved_bytes())))
+    return max(1, min(useful, int(SHARE_FOR_GRAPH * free) // max(1, saved_bytes)))
 
 
 def _judge(method: GradientMethod, totals: Sequence[LayerTotal], together: bool) -> None:

@@ -21,14 +21,14 @@ LEAST_DIFFERENCE = 1e-3  # a smaller score difference counts as this one
 class Plan:
     """The caller's options besides the method, and what follows from the model.
 
-    rows: path points per pass; forward: whether forward mode may be cheaper; advance: told how many
-    rows were differentiated.
+    rows: path points per pass, 0 until it is chosen; forward: whether forward mode may be cheaper;
+    advance: told how many rows were differentiated.
     """
 
     per_token: bool = True
     joint: bool = False
     keep_hidden: bool = False
-    rows: int = 1
+    rows: int = 0
     causal: bool = True
     forward: bool = False
     grad_kwargs: Mapping[str, Any] = field(default_factory=dict)

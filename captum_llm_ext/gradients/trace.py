@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Set as AbstractSet
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,27 +17,32 @@ from captum_llm_ext.model.adapter import Part, layout_of
 from captum_llm_ext.model.handed_on import nodes_of, not_replayable
 from captum_llm_ext.model.hooks import LayerState, tracing, writing
 from captum_llm_ext.model.layers import Site, decoder_blocks, token_embedding
+from captum_llm_ext.model.memory import counting_saved_bytes
 from captum_llm_ext.scoring.positions import Positions, TargetSpan
-from captum_llm_ext.scoring.teacher_forcing import TeacherForcing
+from captum_llm_ext.scoring.teacher_forcing import Pass, TeacherForcing
 
 
 @dataclass(frozen=True)
 class Trace:
-    """One pass over a span of the target, with everything that paths begin from.
+    """One pass over a span of the target: what gradients are taken in, or paths begin from.
 
-    layers: the state of each layer; positions: where it stands in the row; blocks: the model's
-    blocks, block_outputs what each returned, and not_replayable the numbers of first blocks that
-    hand on more than that; scores: (len(span),) of the tokens.
+    layers: the state of each layer; positions: where it stands in the row; scores: (1, len(span)
+    + 1) of the tokens and of the sequence; scored: the pass with its graph, which the states have
+    too. Paths have no use for the graph, and this instead: blocks: the model's blocks,
+    block_outputs what each returned, and not_replayable the numbers of first blocks that hand on
+    more than that; saved_bytes: what autograd keeps of a pass.
     """
 
     forcing: TeacherForcing
     span: TargetSpan
     layers: Mapping[Site, LayerState]
     positions: Mapping[Site, Positions]
-    blocks: list[nn.Module]
-    block_outputs: list[Any]
-    not_replayable: set[int]
     scores: Tensor
+    scored: Pass | None
+    blocks: Sequence[nn.Module] = ()
+    block_outputs: Sequence[Any] = ()
+    not_replayable: AbstractSet[int] = frozenset()
+    saved_bytes: int = 0
 
     @classmethod
     def of(
@@ -45,13 +51,15 @@ class Trace:
         span: TargetSpan,
         sites: Sequence[Site],
         features: Features,
-    ) -> Trace:
-        """Run the model once, and tell the position of each layer."""
-        ids, blocks = forcing.fed(span), decoder_blocks(forcing.model)
-        with tracing(forcing.model, sites, blocks, ids) as (layers, ended):
+        for_paths: bool,
+    ) -> tuple[Trace, Pass]:
+        """Run the model once, and tell the position of each layer; and that pass."""
+        model, ids = forcing.model, forcing.fed(span)
+        blocks = decoder_blocks(model) if for_paths else []
+        count = counting_saved_bytes(model.parameters()) if for_paths else nullcontext(lambda: 0)
+        with count as saved_bytes, tracing(model, sites, blocks, ids) as (layers, ended):
             scored = forcing.run(ids, span, sites)
-            scores = scored.token_scores()[0]
-        refused = not_replayable([b.graph for b in ended], nodes_of((scores, scored.head.below)))
+            scores = all_scores(scored)
         parts = _parts(forcing, ids, layers, sites)
         positions = {
             site: Positions.of_layer(forcing.row, part[0], features) for site, part in parts.items()
@@ -59,8 +67,21 @@ class Trace:
         for site in sites:
             if layers[site].depends_on_tokens:
                 _check_features(site, positions[site])
-        outputs = [block.output for block in ended]
-        return cls(forcing, span, layers, positions, blocks, outputs, refused, scores.detach())
+        trace = cls(forcing, span, layers, positions, scores.detach(), scored)
+        if not for_paths:
+            return trace, scored
+        without_graph = replace(
+            trace,
+            layers={s: replace(x, tensor=x.tensor.detach()) for s, x in layers.items()},
+            scored=None,
+            blocks=blocks,
+            block_outputs=[block.output for block in ended],
+            not_replayable=not_replayable(
+                [block.graph for block in ended], nodes_of((scores, scored.head.below))
+            ),
+            saved_bytes=saved_bytes(),
+        )
+        return without_graph, scored.detached()
 
     def replayable(self, sites: Sequence[Site]) -> int:
         """How many of the first blocks need not run again for paths of these layers."""
@@ -95,6 +116,11 @@ class Trace:
         replaced = row.fed(start.replaced, self.span)[:, None].to(embedded.device)
         values = row.fed(start.embeddings, self.span, dim=0).to(embedded)  # type: ignore[arg-type]
         return writing({site: torch.where(replaced, values, embedded)})
+
+
+def all_scores(scored: Pass) -> Tensor:
+    """(rows, len(span) + 1) the scores of the tokens and, last, of the sequence."""
+    return torch.cat([scored.token_scores(), scored.sequence_score()[:, None]], 1)
 
 
 def _parts(

@@ -23,7 +23,7 @@ from captum_llm_ext.gradients.method import (
     driver_of,
     gradient_method,
 )
-from captum_llm_ext.gradients.run import mean_over_runs, rows_per_pass
+from captum_llm_ext.gradients.run import mean_over_runs
 from captum_llm_ext.gradients.to_result import check_totals, to_result
 from captum_llm_ext.gradients.totals import Plan
 from captum_llm_ext.inputs.baselines import (
@@ -38,6 +38,7 @@ from captum_llm_ext.inputs.features import Features, baseline_tokens, read_featu
 from captum_llm_ext.inputs.targets import GRADIENT_TARGETS, check_attr_target
 from captum_llm_ext.model.adapter import layout_of
 from captum_llm_ext.model.hooks import differentiable
+from captum_llm_ext.model.known import forget
 from captum_llm_ext.model.layers import input_device, owner_of, resolve_sites
 from captum_llm_ext.model.lock import one_call_at_a_time
 from captum_llm_ext.model.quantized import dequantized_products, quiet_bitsandbytes
@@ -45,7 +46,7 @@ from captum_llm_ext.model.random_state import same_random_state
 from captum_llm_ext.model.suitability import check_pair, check_weights
 from captum_llm_ext.registry import load, method_named
 from captum_llm_ext.results.single import LLMAttributionResult
-from captum_llm_ext.scoring.checks import check_counts, check_gradients, warn_of_low_precision
+from captum_llm_ext.scoring.checks import check_counts, check_gradients
 from captum_llm_ext.scoring.preparation import prepare
 from captum_llm_ext.scoring.tasks import Request
 from captum_llm_ext.scoring.teacher_forcing import TeacherForcing
@@ -118,6 +119,7 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
         skip_tokens: Sequence[int] | Sequence[str] | None = None,
         num_trials: int = 1,
         show_progress: bool = False,
+        check: bool = False,
         internal_batch_size: int | None = None,
         dtype: torch.dtype | None = None,
         reuse_prefix: bool = True,
@@ -170,6 +172,10 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
                 (a string is encoded without special tokens in any case).
             num_trials: average over so many runs of a method or baseline that draws at random.
             show_progress: show a progress bar.
+            check: ask the model again what earlier calls found out: whether it is causal, takes
+                several rows, and has forward mode. That is remembered for each model, until its
+                modules, flags, hooks, configuration or weights change. A change of code elsewhere
+                is not seen, such as of a function that a module calls.
             internal_batch_size: rows (path points) per pass. Default: chosen for the device and
                 its free memory. Halved where memory runs out.
             dtype: torch.bfloat16 or torch.float16 runs the passes under ``torch.autocast``: faster,
@@ -207,6 +213,8 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
         """
         if isinstance(baselines, list) and not baselines:
             raise ValueError("baselines must hold at least one baseline, got an empty list")
+        if check:
+            forget(self.model)
         _check_choices(layer_mode, num_trials, internal_batch_size, grad_kwargs, dtype)
         check_weights(self.model)
         request = Request(target, gen_args, contrast_target, self.attr_target, skip_tokens)
@@ -235,16 +243,13 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
                 per_token=include_per_token_attr,
                 joint=layer_mode == "joint",
                 keep_hidden=include_hidden_attr,
-                rows=internal_batch_size or rows_per_pass(forcing, method),
-                causal=prepared.causal,
+                rows=internal_batch_size or 0,
                 grad_kwargs=grad_kwargs or {},
             )
             sites = [
                 replace(layout_of(forcing.model).site(site), at_input=attribute_to_layer_input)
                 for site in self._sites
             ]
-            if method.has_path and prepared.probe is not None:
-                warn_of_low_precision(prepared.probe.precision, sites, forcing.model)
             starts = [
                 self._path_start(baseline, inp, features, forcing, row) if method.has_path else None
                 for _ in range(num_trials if _draws(method, inp) else 1)
@@ -255,7 +260,7 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
                 gradient_method(self._driver, self.attr_method, method_options) for _ in starts[1:]
             )
             totals = mean_over_runs(
-                forcing, [method, *others], sites, features, starts, plan, show_progress
+                prepared, [method, *others], sites, features, starts, plan, show_progress
             )
             checked = method.checked(totals, forcing.model)
             check_totals(totals, checked, plan.joint, prepared.output_tokens)

@@ -113,7 +113,7 @@ def writing(values: Mapping[Site, Tensor]) -> AbstractContextManager[None]:
 
 @dataclass
 class LayerState:
-    """What a site held in one forward pass."""
+    """What a site held in one forward pass, with its graph."""
 
     tensor: Tensor
     depends_on_tokens: bool
@@ -132,7 +132,11 @@ class BlockState:
 def tracing(
     model: nn.Module, sites: Sequence[Site], blocks: Sequence[nn.Module], ids: Tensor
 ) -> Iterator[tuple[dict[Site, LayerState], list[BlockState]]]:
-    """Record each site's state, and those of the `blocks` in the order in which they ran."""
+    """Record each site's state, and those of the `blocks` in the order in which they ran.
+
+    The model goes on with a copy, since some models write into a layer's output (Falcon adds the
+    residual in place).
+    """
     states: dict[Site, LayerState] = {}
     ended: list[BlockState] = []
     inputs: dict[nn.Module, list[Node]] = {}
@@ -148,8 +152,8 @@ def tracing(
         depends = tensor.requires_grad or not leaves
         if depends and site in states:
             raise _runs_again(site)
-        states[site] = LayerState(tensor.detach().clone(), depends, len(ended))
-        return tensor
+        states[site] = LayerState(tensor, depends, len(ended))
+        return tensor.clone()
 
     with ExitStack() as stack:
         leaves = stack.enter_context(embedding_leaves(model, ids))

@@ -122,6 +122,9 @@ class PromptScorer:
         """Whether the model takes several rows; one that is not of transformers is tried."""
         if isinstance(self.model, PreTrainedModel | Adapter):
             return True
+        return self.forcing.ask("rows", self._took_two_rows)
+
+    def _took_two_rows(self) -> bool:
         try:
             self.model(self.reference[None, :2].repeat(2, 1))
         except Exception as error:  # whatever a model does with rows that it cannot take

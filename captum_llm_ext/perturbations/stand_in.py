@@ -34,7 +34,26 @@ def warn_of_hiding_stand_in(masked: MaskedPrompts) -> None:
     shares = [share for fewest, share in HIDDEN.items() if ids.numel() >= fewest]
     if not shares or len(ids.unique()) > 1:
         return
-    stand_in, prompt = int(ids[0, 0]), tuple(masked.scorer.reference.tolist())
+    stand_in = int(ids[0, 0])
+    question = "hides", stand_in, shares[-1]
+    if (share := forcing.known.get(question)) is None:
+        worth, hidden = _worth_and_hidden(masked, stand_in)
+        if worth <= LEAST_DROP:
+            return  # this prompt does not tell
+        share = forcing.known[question] = hidden / worth
+    if share > shares[-1]:
+        token = masked.tokenizer.convert_ids_to_tokens([stand_in])[0]
+        warn(
+            f"the baseline {token!r} (id {stand_in}) hides what stands before it from the model: "
+            f"in the middle of a prompt it takes away {share:.0%} of what all tokens "
+            "before it are worth, beside the token that it replaces. Attributions grow towards the "
+            "end of the prompt for that reason. Choose another, such as baselines='remove' or 'pad'"
+        )
+
+
+def _worth_and_hidden(masked: MaskedPrompts, stand_in: int) -> tuple[float, float]:
+    """What all tokens before a place of the prompt are worth, and how much of it is hidden."""
+    prompt = tuple(masked.scorer.reference.tolist())
     prompts = [prompt]
     for place in PLACES:
         i = round(place * len(prompt))
@@ -45,12 +64,4 @@ def warn_of_hiding_stand_in(masked: MaskedPrompts) -> None:
         ]
     log_probs = masked.scorer.scores(prompts)[:, 1, 0].cpu()
     replaced, dropped, beheaded = (log_probs[0] - log_probs[1:]).view(-1, 3).T
-    worth, hidden = (beheaded - dropped).mean(), (replaced - dropped).mean()
-    if worth > LEAST_DROP and hidden > shares[-1] * worth:
-        token = masked.tokenizer.convert_ids_to_tokens([stand_in])[0]
-        warn(
-            f"the baseline {token!r} (id {stand_in}) hides what stands before it from the model: "
-            f"in the middle of this prompt it takes away {hidden / worth:.0%} of what all tokens "
-            "before it are worth, beside the token that it replaces. Attributions grow towards the "
-            "end of the prompt for that reason. Choose another, such as baselines='remove' or 'pad'"
-        )
+    return float((beheaded - dropped).mean()), float((replaced - dropped).mean())

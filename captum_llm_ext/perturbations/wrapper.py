@@ -22,6 +22,7 @@ from captum_llm_ext.inputs.targets import (
     check_attr_target,
     generation_settings,
 )
+from captum_llm_ext.model.known import forget
 from captum_llm_ext.model.lock import one_call_at_a_time
 from captum_llm_ext.model.quantized import quiet_bitsandbytes
 from captum_llm_ext.model.signatures import keywords
@@ -184,6 +185,7 @@ class LLMAttribution(CaptumLLMAttribution):
         internal_batch_size: int | None = None,
         reuse_prefix: bool = True,
         show_progress: bool = False,
+        check: bool = False,
         **kwargs: Any,
     ) -> LLMAttributionResult:
         """Attribute the target's scores to the features of the input.
@@ -217,6 +219,10 @@ class LLMAttribution(CaptumLLMAttribution):
             reuse_prefix: take what a prompt shares with the unperturbed one from the key/value
                 cache.
             show_progress: show a progress bar.
+            check: ask the model again what earlier calls found out: whether it is causal, takes
+                several rows, and has forward mode. That is remembered for each model, until its
+                modules, flags, hooks, configuration or weights change. A change of code elsewhere
+                is not seen, such as of a function that a module calls.
             **kwargs: options of the method, such as `n_samples`.
 
         Returns:
@@ -241,6 +247,8 @@ class LLMAttribution(CaptumLLMAttribution):
         )
         self.check_options(kwargs)
         self._check_input(inp)
+        if check:
+            forget(self.model)
         request = Request(target, gen_args, contrast_target, self.attr_target, skip_tokens)
         with torch.inference_mode(False), torch.no_grad(), quiet_bitsandbytes():
             if isinstance(inp, ImageMaskInput):

@@ -57,8 +57,13 @@ def is_random(forcing: TeacherForcing) -> bool:
     """
     if not any(module.training for module in forcing.model.modules()):
         return False
+    return forcing.ask("random", lambda: _two_passes_differ(forcing))
+
+
+@torch.no_grad()
+def _two_passes_differ(forcing: TeacherForcing) -> bool:
     ids = forcing.fed(forcing.whole)
-    with torch.no_grad(), same_random_state():
+    with same_random_state():
         first, second = (forcing.run(ids, forcing.whole).logits for _ in range(2))
     return not torch.allclose(first, second, equal_nan=True)
 
@@ -89,21 +94,22 @@ def warn_of_low_precision(precision: torch.dtype, sites: Sequence[Site], model: 
         )
 
 
-def check_finite(probe: Pass) -> None:
+def check_finite(scored: Pass) -> None:
     """Refuse scores that are not finite: nothing can be attributed to them."""
-    if not probe.token_scores().isfinite().all():
+    if not scored.token_scores().isfinite().all():
         raise ValueError(
-            f"the model's scores are not finite in {probe.precision}: load it in bfloat16 or "
+            f"the model's scores are not finite in {scored.precision}: load it in bfloat16 or "
             "float32, and check that the target's tokens can be generated at all"
         )
 
 
-def check_causal(forcing: TeacherForcing, probe: Pass, product: bool = True) -> bool:
+def check_causal(forcing: TeacherForcing, scored: Pass, product: bool = True) -> bool:
     """Whether one pass can score all target tokens; warns where it cannot.
 
-    product: whether a product of probabilities must come from one pass.
+    scored: the pass over the row as it is; product: whether a product of probabilities must come
+    from one pass.
     """
-    check_finite(probe)
+    check_finite(scored)
     if quantization_of(forcing.model).rounds_inputs:
         warn(
             "8-bit layers round their input by what else is in the pass, so the model's own scores "
@@ -111,7 +117,7 @@ def check_causal(forcing: TeacherForcing, probe: Pass, product: bool = True) -> 
             "pass, and gradients are taken with the dequantised weights",
         )
         return True
-    if probe.is_causal():
+    if forcing.is_causal(scored):
         return True
     if product and not forcing.target.is_additive:
         raise ValueError(

@@ -17,12 +17,14 @@ from captum_llm_ext.model.adapter import CAUSAL, Adapter
 from captum_llm_ext.model.compiled import original
 from captum_llm_ext.model.hooks import evaluating
 from captum_llm_ext.model.keywords import taken_by
+from captum_llm_ext.model.known import known_of
 from captum_llm_ext.model.prefix_cache import PrefixCache, can_be_cropped
 from captum_llm_ext.model.suitability import check_reads_tokens
 from captum_llm_ext.scoring.checks import (
     check_causal,
     check_ids,
     check_vocabulary,
+    is_random,
     warn_of_dropout,
     warn_of_ended_prompt,
 )
@@ -66,7 +68,8 @@ class Prepared:
         with evaluating(model):  # dropout would look like a model that is not causal
             cache = use_cache and self._keeps_cache
             probe = self.forcing.probe(cache, of_prompt=filled_up and not alone)
-        return replace(self, probe=probe, causal=check_causal(self.forcing, probe, product))
+            causal = check_causal(self.forcing, probe, product)
+        return replace(self, probe=probe, causal=causal)
 
     @property
     def _keeps_cache(self) -> bool:
@@ -74,11 +77,23 @@ class Prepared:
         return self.forcing.takes("past_key_values") and self.forcing.takes("use_cache")
 
     def probed_for(self, features: Features, reuse_prefix: bool) -> Prepared:
-        """The same, probed, with the tokens that precede all features from the cache."""
+        """The same with the tokens that precede all features from the cache, where there are some.
+
+        It is probed only where a pass at the input will not do; see `is_causal`.
+        """
         n_cached = features.first if reuse_prefix else 0
-        reused = n_cached >= FEWEST_REUSED
-        prepared = self.probed(use_cache=reused, filled_up=reused)
-        return prepared._with_prefix(n_cached) if reused else prepared
+        if n_cached >= FEWEST_REUSED:
+            return self.probed(use_cache=True)._with_prefix(n_cached)
+        return self.probed(filled_up=False) if is_random(self.forcing) else self
+
+    def is_causal(self, scored: Pass) -> bool:
+        """Whether one pass can score all target tokens, by the probe or by a pass at the input.
+
+        scored: the pass over the row as it is.
+
+        Raises, warns: as `check_causal`.
+        """
+        return check_causal(self.forcing, scored) if self.probe is None else self.causal
 
     def _with_prefix(self, n_cached: int) -> Prepared:
         """The same with the first `n_cached` tokens from the probe's cache, where that is right."""
@@ -104,7 +119,7 @@ def prepare(
     """
     check_reads_tokens(model)
     task = task_of(model)
-    model = original(model)
+    model, known = original(model), known_of(model)
     check_vocabulary(model, prompt[0])
     with generating(model, prompt.size(1)) if request.target is None else nullcontext():
         forcing = task.teacher_forcing(model, tokenizer, prompt, request)
@@ -113,7 +128,8 @@ def prepare(
     if task.name == CAUSAL:
         warn_of_ended_prompt(inp, prompt, tokenizer)
     run = partial(forcing.model, forcing.prompt_ids[:, :1])
-    forcing = replace(forcing, keywords=taken_by(forcing.model, run, _options(forcing)))
+    keywords = known.ask("keywords", lambda: taken_by(forcing.model, run, _options(forcing)))
+    forcing = replace(forcing, keywords=keywords, known=known)
     names = task.output_tokens(forcing, tokenizer), task.output_labels(forcing, tokenizer)
     return Prepared(task, forcing, *names)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from captum_llm_ext.model.hooks import HeadInput, embedding_leaves, split_at_head
+from captum_llm_ext.model.hooks import HeadInput, split_at_head
+from captum_llm_ext.model.known import Known
 from captum_llm_ext.model.layers import Site
-from captum_llm_ext.model.memory import counting_saved_bytes
 from captum_llm_ext.model.prefix_cache import PrefixCache
 from captum_llm_ext.model.quantized import quantization_of
 from captum_llm_ext.model.signatures import keywords
@@ -35,7 +35,7 @@ class TeacherForcing:
 
     prefix: the cache that the first `n_cached` tokens of the prompt come from; dtype: what the
     passes are cast to, None for the model's own; keywords: the options that the model's forward
-    takes, None for those that it names.
+    takes, None for those that it names; known: what the model was found to be.
     """
 
     model: nn.Module
@@ -45,6 +45,7 @@ class TeacherForcing:
     n_cached: int = 0
     dtype: torch.dtype | None = None
     keywords: frozenset[str] | None = None
+    known: Known = field(default_factory=Known)
 
     @cached_property
     def row(self) -> Row:
@@ -105,40 +106,43 @@ class TeacherForcing:
         precision = lower(logits.dtype, self.precision)
         return Pass(self.target, span, logits, head, cache, precision)
 
-    def saved_bytes(self) -> int:
-        """The bytes that autograd keeps of one row's pass."""
-        ids = self.fed(self.whole)
-        with (
-            counting_saved_bytes(self.model.parameters()) as count,
-            embedding_leaves(self.model, ids),
-        ):
-            self.run(ids, self.whole)
-            return count()
+    def ask(self, question: str, find_out: Callable[[], bool]) -> bool:
+        """What the model is, in these passes' precision; found out once for each model."""
+        return self.known.ask((question, self.dtype), find_out)
 
     @torch.no_grad()
     def probe(self, use_cache: bool = False, of_prompt: bool = False) -> Pass:
-        """Score the target as it is (row 0) and with its last fed token changed (row 1).
+        """Score the target as it is, in one pass of one row, since not every model takes two.
 
-        These are two passes of one row, since not every model takes two rows. Nothing follows a
-        target of one token: it has row 0 alone, and with `of_prompt` the last token of the prompt
-        is changed instead.
+        of_prompt: whether the model must be asked if it is causal. Nothing follows a target of one
+        token, so the last token of the prompt is one more then.
         """
-        if of_prompt and not len(self.target.fed) and self.row.n_prompt > 1:
-            return self._probe_of_prompt(use_cache)
-        scored = self.run(self.ids, self.whole, use_cache=use_cache)
-        if not len(self.target.fed):
-            return scored
-        ids = self.ids.clone()
-        ids[0, -1] += torch.where(ids[0, -1] > 0, -1, 1)
-        changed = self.run(ids, self.whole)
-        return replace(scored, logits=torch.cat([scored.logits, changed.logits]))
-
-    def _probe_of_prompt(self, use_cache: bool) -> Pass:
+        asks = of_prompt and not len(self.target.fed) and self.row.n_prompt > 1
+        if not asks or ("causal", self.dtype) in self.known:
+            return self.run(self.ids, self.whole, use_cache=use_cache)
         ids = self.prompt_ids
         target = Target(torch.cat([ids[0, -1:], self.target.ids]))
-        longer = replace(self, prompt_ids=ids[:, :-1], target=target).probe(use_cache)
-        logits, causal = longer.logits[:1, -1:], longer.is_causal()
-        return replace(longer, target=self.target, span=self.whole, logits=logits, causal=causal)
+        longer = replace(self, prompt_ids=ids[:, :-1], target=target)
+        scored = longer.probe(use_cache)
+        longer.is_causal(scored)
+        return replace(scored, target=self.target, span=self.whole, logits=scored.logits[:, -1:])
+
+    @torch.no_grad()
+    def is_causal(self, scored: Pass) -> bool:
+        """Whether earlier scores stay when the last token of the row changes.
+
+        A target of one token has no earlier scores, and is scored in one pass in any case.
+
+        scored: the pass over the row as it is.
+        """
+        if not len(self.target.fed):
+            return self.known.get(("causal", self.dtype), True)
+        return self.ask("causal", lambda: scored.agrees_with(self._changed(), but_last=1))
+
+    def _changed(self) -> Pass:
+        ids = self.ids.clone()
+        ids[0, -1] += torch.where(ids[0, -1] > 0, -1, 1)
+        return self.run(self.row.fed(ids, self.whole), self.whole)
 
     def spans(
         self, per_token: bool, rows: int, causal: bool, divide: bool = True
@@ -167,10 +171,7 @@ class TeacherForcing:
 
 @dataclass(frozen=True)
 class Pass:
-    """One pass: its logits (rows, len(span), vocabulary), to score and to differentiate.
-
-    causal: what a probe of the prompt says of the model, None for other passes.
-    """
+    """One pass: its logits (rows, len(span), vocabulary), to score and to differentiate."""
 
     target: Target
     span: TargetSpan
@@ -178,7 +179,6 @@ class Pass:
     head: HeadInput = field(default_factory=HeadInput)
     cache: Any = None
     precision: torch.dtype = torch.float32
-    causal: bool | None = None
 
     def token_scores(self) -> Tensor:
         """Scores (rows, len(span)) of the span's tokens."""
@@ -188,23 +188,21 @@ class Pass:
         """Score (rows,) of the span's tokens together."""
         return self.target.sequence_score(self.logits, self.span.start, self.span.stop)
 
-    def agrees_with(self, other: Pass) -> bool:
-        """Whether the first rows have the same log probabilities, up to the precision."""
-        scores, expected = (
-            replace(p, target=p.target.as_log_prob()).token_scores()[0] for p in (self, other)
-        )
-        allowed = tolerance(self.precision) * expected.abs().max().clamp(min=1)
-        return bool((scores - expected).abs().max() <= allowed)
+    def detached(self) -> Pass:
+        """The same without its graph."""
+        return Pass(self.target, self.span, self.logits.detach(), precision=self.precision)
 
-    def is_causal(self) -> bool:
-        """Whether a probe's earlier scores stay when a later token changes."""
-        if self.causal is not None:
-            return self.causal
-        scores = replace(self, target=self.target.as_log_prob()).token_scores()
-        if len(scores) == 1:
-            return True
-        difference = (scores[0] - scores[1])[:-1].abs().max()
-        return bool(difference <= tolerance(self.precision) * scores.abs().max().clamp(min=1))
+    def agrees_with(self, other: Pass, but_last: int = 0) -> bool:
+        """Whether the first rows have the same log probabilities, up to the precision.
+
+        but_last: so many target tokens may differ.
+        """
+        scores = torch.stack(
+            [replace(p, target=p.target.as_log_prob()).token_scores()[0] for p in (self, other)]
+        )
+        allowed = tolerance(self.precision) * scores.abs().max().clamp(min=1)
+        compared = scores[:, : scores.size(1) - but_last]
+        return bool((compared[0] - compared[1]).abs().max() <= allowed)
 
     def gradients(
         self, wrt: Sequence[Tensor], per_token: bool, **options: Any

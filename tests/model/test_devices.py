@@ -109,7 +109,7 @@ def valueless(monkeypatch: Any) -> Iterator[nn.Module]:
     monkeypatch.setattr(preparation, "warn_of_ended_prompt", lambda inp, prompt, tokenizer: None)
     monkeypatch.setattr(tasks, "output_labels", lambda prompt, ids, tokenizer: ["?"] * len(ids))
     monkeypatch.setattr(checks, "check_finite", lambda probe: None)
-    monkeypatch.setattr(model_pass.Pass, "is_causal", lambda scored: True)
+    monkeypatch.setattr(model_pass.TeacherForcing, "is_causal", lambda forcing, scored: True)
     monkeypatch.setattr(trace, "_check_features", lambda site, positions: None)
     monkeypatch.setattr(path.LayerPath, "note", lambda path, points, scores: None)
     monkeypatch.setattr(path.LayerPath, "_leap", lambda path: 0.0)

@@ -70,7 +70,7 @@ def reference(family: str, kind: str, method: str) -> Tensor:
 
 
 def test_ablation_costs_a_row_for_each_feature() -> None:
-    """The probe has two rows, the whole prompt one."""
+    """The probe has two rows in a first call, the whole prompt one."""
     assert work_of("feature_ablation", token_input("Dave lives")).rows == 2 + 1 + 4
 
 
