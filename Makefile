@@ -75,6 +75,8 @@ bench: $(STAMP)
 	$(BIN)/python -m tests.benchmarks.prefixes
 	$(BIN)/python -m tests.benchmarks.forward
 	$(BIN)/python -m tests.benchmarks.flow
+	@echo "== one call against loops by hand"
+	$(BIN)/python -m tests.benchmarks.loops
 	@echo "== 4, 8 and 16 bits against float32"
 	$(BIN)/python -m tests.benchmarks.quantization
 

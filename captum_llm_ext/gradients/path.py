@@ -58,9 +58,10 @@ class LayerPath:
         self.halving = Halving(self.plan.rows)
         self.seen: dict[float, float] = {}  # path point -> sequence score there
         self.replayed = self.trace.replayable(self.moved)
-        start, near, end = self._scored_ends()
-        self.ends = torch.stack([start, end])
-        self.leap = self._leap(near) if self.method.sums_to == DIFFERENCE else 0.0
+        adds_up = self.method.sums_to == DIFFERENCE
+        scores = self._scored_ends([0.0, NEAR_START] if adds_up else [0.0])
+        self.ends = scores[[0, -1]]
+        self.leap = self._leap(scores[1]) if adds_up else 0.0
         self.forward_mode = ForwardMode(self) if self.plan.forward else None
 
     @property
@@ -208,21 +209,21 @@ class LayerPath:
         with replaying(trace.blocks[: self.replayed], state, rows):
             return trace.forcing.run(ids, trace.span, sites)
 
-    def _scored_ends(self) -> Tensor:
-        """The scores (3, n_checks) at the start, next to it, and at the end.
+    def _scored_ends(self, points: list[float]) -> Tensor:
+        """The scores (n_points + 1, n_checks) at the points where the path begins, and at its end.
 
         The end's are those of the pass at the input. Where blocks are replayed they are computed
         again, and say whether that is right, beyond what the graph says: what a model passes from
         block to block may carry no gradients, and then the path does not end at the model's own
         scores, or blocks miss what they need.
         """
-        beginning, layers = self.values_at(torch.tensor([0.0, NEAR_START])), self.trace.layers
+        beginning, layers = self.values_at(torch.tensor(points)), self.trace.layers
         whole = {s: torch.cat([x, layers[s].tensor.to(x)]) for s, x in beginning.items()}
         scores = self._replayed(whole) if self.replayed else None
         if scores is None:
             self.replayed, end = 0, self.trace.scores
             scores = torch.cat([self._scores_at(beginning), end])
-        self.note(torch.tensor([0.0, 1.0]), scores[[0, 2], -1])
+        self.note(torch.tensor([*points, 1.0]), scores[:, -1])
         return self._checked(scores)
 
     def _replayed(self, values: Mapping[Site, Tensor]) -> Tensor | None:

@@ -13,10 +13,15 @@ from torch import Tensor, nn
 
 from captum_llm_ext.inputs.baselines import PathStart
 from captum_llm_ext.inputs.features import Features
-from captum_llm_ext.model.adapter import Part, layout_of
+from captum_llm_ext.model.adapter import Adapter, Part, layout_of
 from captum_llm_ext.model.handed_on import nodes_of, not_replayable
 from captum_llm_ext.model.hooks import LayerState, tracing, writing
-from captum_llm_ext.model.layers import Site, decoder_blocks, token_embedding
+from captum_llm_ext.model.layers import (
+    Site,
+    decoder_blocks,
+    find_token_embedding,
+    token_embedding,
+)
 from captum_llm_ext.model.memory import counting_saved_bytes
 from captum_llm_ext.scoring.positions import Positions, TargetSpan
 from captum_llm_ext.scoring.teacher_forcing import Pass, TeacherForcing
@@ -103,19 +108,27 @@ class Trace:
             raise ValueError("a path needs a baseline to start from, got none")
         forcing, model = self.forcing, self.forcing.model
         ids = forcing.row.fed(start.ids, self.span)
+        embedding = find_token_embedding(model)
+        first = all(site.module is embedding and not site.at_input for site in sites)
         with torch.no_grad(), ExitStack() as stack:
+            if first and not isinstance(model, Adapter):  # the model need not go on
+                return dict.fromkeys(sites, self._embedded(ids, start))
             if start.embeddings is not None:
-                stack.enter_context(self._replaced_embeddings(ids, start))
+                site = Site("input embedding", token_embedding(model))
+                stack.enter_context(writing({site: self._embedded(ids, start)}))
             layers, _ = stack.enter_context(tracing(model, sites, [], ids))
             forcing.run(ids, self.span)
         return {site: layers[site].tensor for site in sites}
 
-    def _replaced_embeddings(self, ids: Tensor, start: PathStart) -> Any:
-        site = Site("input embedding", token_embedding(self.forcing.model))
-        embedded, row = site.module(ids), self.forcing.row
+    def _embedded(self, ids: Tensor, start: PathStart) -> Tensor:
+        """The token embeddings where the path starts."""
+        embedded: Tensor = token_embedding(self.forcing.model)(ids)
+        if start.embeddings is None:
+            return embedded
+        row = self.forcing.row
         replaced = row.fed(start.replaced, self.span)[:, None].to(embedded.device)
-        values = row.fed(start.embeddings, self.span, dim=0).to(embedded)  # type: ignore[arg-type]
-        return writing({site: torch.where(replaced, values, embedded)})
+        values = row.fed(start.embeddings, self.span, dim=0).to(embedded)
+        return torch.where(replaced, values, embedded)
 
 
 def all_scores(scored: Pass) -> Tensor:

@@ -8,6 +8,8 @@ the cost of dropping everything before it as well.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from transformers import PreTrainedModel
 
 from captum_llm_ext.model.suitability import unwrapped
@@ -62,6 +64,7 @@ def _worth_and_hidden(masked: MaskedPrompts, stand_in: int) -> tuple[float, floa
             (*prompt[:i], *prompt[i + 1 :]),
             (stand_in, *prompt[i + 1 :]),
         ]
-    log_probs = masked.scorer.scores(prompts)[:, 1, 0].cpu()
+    # By a scorer of its own: what is asked once must not change which prompts share a pass later.
+    log_probs = replace(masked.scorer).scores(prompts)[:, 1, 0].cpu()
     replaced, dropped, beheaded = (log_probs[0] - log_probs[1:]).view(-1, 3).T
     return float((beheaded - dropped).mean()), float((replaced - dropped).mean())

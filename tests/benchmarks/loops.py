@@ -21,12 +21,14 @@ from torch import Tensor
 
 import captum_llm_ext
 from captum_llm_ext import LayerSaliency, TextTokenInput, load_demo_model
+from captum_llm_ext.model.lock import only_one_call
 from tests.benchmarks.gradients import PROMPT, STEPS, TARGET
 from tests.benchmarks.measure import cpu_seconds, print_table, write_results
 
 SHORT = "The capital of France is"
 LONG = " ".join([PROMPT + " golf, hiking and his family. He has lived there for ten years."] * 11)
 REPEATS = 5
+HELD = 100  # times
 Work = Callable[[], Any]
 
 
@@ -127,6 +129,7 @@ def alternating(ours: Work, theirs: Work, before: Work = lambda: None) -> list[f
 
 
 def row(what: str, bar: float, figures: list[float], faster: bool = False) -> dict[str, Any]:
+    print(f"{what}: {figures}", flush=True)
     ours, theirs, ratio = figures
     ratio = 1 / ratio if faster else ratio
     return {
@@ -153,6 +156,12 @@ def first_and_second(task: Task, name: str, kind: Any, by_hand: Work) -> list[di
         row(f"{name}, {task.size}, second call", 1.15, alternating(ours, by_hand)),
         row(f"{name}, {task.size}, first call", 1.6, alternating(ours, by_hand, renewed)),
     ]
+
+
+def held_once(model: Any) -> None:
+    """What the lock does in each call, so that other threads wait."""
+    with only_one_call(model):
+        pass
 
 
 def agree(name: str, ours: Tensor, theirs: Tensor) -> None:
@@ -186,10 +195,12 @@ def main() -> None:
         lambda: task.gradients(kind, captum.attr.LLMGradientAttribution, **steps),
     )
     rows.append(row(f"integrated gradients, {STEPS} steps, per token; wrapper", 2.2, figures, True))
+    held = cpu_seconds(lambda: [held_once(model) for _ in range(HELD)]) / HELD
+    print(f"to hold the model for one thread costs a call {1000 * held:.2f} ms")
     agree("ablation", task.ablation(), task.ablation_by_hand())
     figures = alternating(task.ablation, task.ablation_by_hand)
     rows.append(row("ablation, per token; core class, one batch", 1.05, figures))
-    print_table(rows)
+    print_table(rows, "by hand")
     print(f"written: {write_results('loops', rows)}")
 
 

@@ -18,6 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 from captum_llm_ext import FeatureAblation, LLMAttribution, TextTokenInput, explain
 from captum_llm_ext.model import known
 from captum_llm_ext.model.known import known_of
+from captum_llm_ext.perturbations.stand_in import FEWEST_FEATURES
 from tests.models.families import (
     PROMPT,
     TARGET,
@@ -28,6 +29,7 @@ from tests.models.families import (
 )
 
 NO_MASK = torch.zeros(1, 1, 1, 1)  # added to the scores of all places
+LONG = "Rain is due. The Louvre is in Paris. Cats sleep a lot. Dogs bark at night. The museum is in"
 METHODS = ("saliency", "ablation", "ig")
 
 
@@ -53,6 +55,15 @@ def test_a_second_call_runs_no_pass_for_checks(method: str, first: int, second: 
         assert len(counts) == expected
     hook.remove()
     assert torch.equal(results[0], results[1])
+
+
+def test_a_first_call_gives_the_numbers_of_a_second() -> None:
+    """To the last bit, so that a batch that goes on writes the same file."""
+    model, inp = tiny_model("llama", fresh=True), TextTokenInput(LONG, tiny_tokenizer())
+    wrapper = LLMAttribution(FeatureAblation(model), tiny_tokenizer())
+    results = [wrapper.attribute(inp, TARGET).token_attr for _ in range(2)]
+    assert inp.n_itp_features >= FEWEST_FEATURES
+    assert torch.equal(*results)
 
 
 @pytest.mark.parametrize("method", METHODS)
