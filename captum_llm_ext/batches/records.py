@@ -10,12 +10,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from captum_llm_ext.batches.journal import Record
 from captum_llm_ext.batches.lines import Line, identity, read_prompt
 from captum_llm_ext.explaining import Layers, explain
+from captum_llm_ext.inputs.features import prompt_ids
+from captum_llm_ext.model.layers import input_device
 from captum_llm_ext.model.random_state import seeded
+from captum_llm_ext.scoring.checks import check_vocabulary
+from captum_llm_ext.scoring.context import generating
 from captum_llm_ext.scoring.tasks import gen_args_of_target
 from captum_llm_ext.warning import warn
 
@@ -34,8 +38,21 @@ class Explainer:
     seed: int
     options: Mapping[str, Any]
 
-    def record(self, line: Line) -> Record:
+    def prompt_without_target(self, line: Line) -> Tensor | None:
+        """The ids (n_prompt,) of a line's prompt; None where it has a target or is refused."""
+        try:
+            request = read_prompt(line, self.tokenizer, self.by, self.roles, self.target)
+            ids = prompt_ids(request.inp, None, self.tokenizer, input_device(self.model))
+            check_vocabulary(self.model, ids)
+            with generating(self.model, len(ids)):
+                return ids if request.target is None and len(ids) else None
+        except Exception:  # the record of the line will say what is wrong
+            return None
+
+    def record(self, line: Line, target: Tensor | None = None) -> Record:
         """The record of a line: "status" "ok" with the result, or "error" with the error.
+
+        target: the ids (n_output,) that were generated for it, with those of other lines.
 
         Raises:
             RuntimeError: the GPU is broken, so that every further line would fail.
@@ -43,7 +60,7 @@ class Explainer:
         head = {"line": line.number, "id": identity(line)}
         try:
             with seeded(self.seed, line.number):
-                return head | {"status": "ok", "result": json.loads(self._result(line))}
+                return head | {"status": "ok", "result": json.loads(self._result(line, target))}
         except Exception as error:
             if "CUDA error" in str(error):
                 raise
@@ -53,16 +70,17 @@ class Explainer:
                 "error": {"type": type(error).__name__, "message": message},
             }
 
-    def _result(self, line: Line) -> str:
+    def _result(self, line: Line, generated: Tensor | None) -> str:
         request = read_prompt(line, self.tokenizer, self.by, self.roles, self.target)
         options = {**self.options, **request.options}
-        if request.target is not None:
+        target = generated if request.target is None else request.target
+        if target is not None:
             options["gen_args"] = gen_args_of_target(self.model, options.get("gen_args"))
         result = explain(
             self.model,
             self.tokenizer,
             request.inp,
-            request.target,
+            target,
             self.method,
             self.layers,
             **options,
