@@ -26,8 +26,8 @@ from captum_llm_ext.batches.output import output_format, write_output
 from captum_llm_ext.batches.processes import Process, this_process
 from captum_llm_ext.batches.records import Explainer, Warner
 from captum_llm_ext.batches.settings import batch_settings, check_settings, write_whole
-from captum_llm_ext.choosing import automatic_methods
 from captum_llm_ext.batches.together import Together
+from captum_llm_ext.choosing import automatic_methods
 from captum_llm_ext.explaining import Layers, check_options
 from captum_llm_ext.model.lock import holding
 
