@@ -29,7 +29,7 @@ from tests.models.families import (
 )
 
 NO_MASK = torch.zeros(1, 1, 1, 1)  # added to the scores of all places
-LONG = "Rain is due. The Louvre is in Paris. Cats sleep a lot. Dogs bark at night. The museum is in"
+LONG = "Rain is due. The Louvre is in Paris. Cats sleep"
 METHODS = ("saliency", "ablation", "ig")
 
 
@@ -43,9 +43,12 @@ def attributed(model: nn.Module, method: str, **options: Any) -> Tensor:
 # --- a second call -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("method", "first", "second"), [("saliency", 2, 1), ("ablation", 3, 2)])
+@pytest.mark.parametrize(("method", "first", "second"), [("saliency", 2, 1), ("ablation", 4, 2)])
 def test_a_second_call_runs_no_pass_for_checks(method: str, first: int, second: int) -> None:
-    """By hand, saliency is one pass; ablation one for the cache and one of masked prompts."""
+    """By hand, saliency is one pass; ablation one for the cache and one of masked prompts.
+
+    In a first call one asks whether the model is causal, and one whether a stand-in hides others.
+    """
     model = tiny_model("llama", fresh=True)
     counts, results = [], []
     hook = model.register_forward_pre_hook(lambda *_: counts.append(1))
