@@ -36,25 +36,23 @@ METHODS = ("saliency", "ablation", "ig")
 def attributed(model: nn.Module, method: str, **options: Any) -> Tensor:
     given = {} if method == "saliency" else {"baselines": "pad"}
     given |= {"n_steps": 3} if method == "ig" else {}
-    result = explain(model, tiny_tokenizer(), PROMPT, TARGET, method, **given, **options)
+    result = explain(model, tiny_tokenizer(), PROMPT, TARGET, method, **{**given, **options})
     return result.token_attr
 
 
 # --- a second call -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("method", "first", "second"), [("saliency", 2, 1), ("ablation", 4, 2)])
+@pytest.mark.parametrize(("method", "first", "second"), [("saliency", 2, 1), ("ablation", 3, 2)])
 def test_a_second_call_runs_no_pass_for_checks(method: str, first: int, second: int) -> None:
-    """By hand, saliency is one pass; ablation one for the cache and one of masked prompts.
-
-    In a first call one asks whether the model is causal, and one whether a stand-in hides others.
-    """
+    """By hand, saliency is one pass; ablation one for the cache and one of masked prompts."""
     model = tiny_model("llama", fresh=True)
     counts, results = [], []
     hook = model.register_forward_pre_hook(lambda *_: counts.append(1))
     for expected in (first, second, second):
         counts.clear()
-        results.append(attributed(model, method))
+        options = {"baselines": "remove"} if method == "ablation" else {}
+        results.append(attributed(model, method, **options))
         assert len(counts) == expected
     hook.remove()
     assert torch.equal(results[0], results[1])
