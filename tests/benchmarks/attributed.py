@@ -92,6 +92,15 @@ def methods(turn: int | None = None) -> dict[str, Method]:
     return {x: method for x, method in every.items() if turn in (None, turns.get(x, 1))}
 
 
+def kinds() -> dict[str, str]:
+    """Label → "gradient", "perturbation" or "attention"."""
+    return {
+        label: method.wrapper
+        for name, method in METHODS.items()
+        for label in VARIANTS.get(name, {method.help: {}})
+    }
+
+
 def by_name(
     name: str, options: dict[str, Any], model: nn.Module, tokenizer: Any, inp: Any, target: Tensor
 ) -> LLMAttributionResult:

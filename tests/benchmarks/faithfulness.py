@@ -95,32 +95,28 @@ class Referee:
 
     def measure(self) -> None:
         """All that is not known yet; what the aims ask for comes first."""
-        for turn, ways in product(range(3), (["pad", "removal"], ["common words"])):
+        for turn, way in product(range(3), ("removal", "pad", "common words")):
             for fact in self.facts:
                 self.fact(fact, turn)
             for entry in self.entries:
-                self.prompt(entry, turn, ways)
+                self.prompt(entry, turn, way)
 
-    def prompt(self, entry: dict[str, Any], turn: int, ways: Sequence[str]) -> None:
+    def prompt(self, entry: dict[str, Any], turn: int, way: str) -> None:
         """Attribute a prompt by the methods of a turn and judge the attributions."""
         name, named = entry["name"], methods(turn)
-        missing = {
-            way: [x for x in named if (name, way, x) not in self.judged.known] for way in ways
-        }
-        if not any(missing.values()):
+        unjudged = [label for label in named if (name, way, label) not in self.judged.known]
+        if not unjudged:
             return
         model, tokenizer = self.loaded
         inp = as_input(entry, tokenizer)
         target = self._target(inp)
-        for label, method in named.items():
+        for label in unjudged:
             if (name, label) not in self.attributed.known:
-                found = Attributed.by(method, model, tokenizer, inp, target)
+                found = Attributed.by(named[label], model, tokenizer, inp, target)
                 self.attributed.add(prompt=name, method=label, **asdict(found))
-        for way, unjudged in missing.items():
-            if unjudged:
-                for row in self._judge(name, inp, target, unjudged, way):
-                    self.judged.add(**{**row, "prompt": name})
-        print(turn, name, *ways, flush=True)
+        for row in self._judge(name, inp, target, unjudged, way):
+            self.judged.add(**{**row, "prompt": name})
+        print(turn, way, name, flush=True)
 
     def _target(self, inp: Any) -> torch.Tensor:
         """What the model says."""

@@ -8,7 +8,15 @@ from typing import Any
 import pandas
 import torch
 
-from tests.benchmarks.attributed import ABLATION, BY_REMOVAL, BY_WORDS, FLOW, FROM_TEXT, SALIENCY
+from tests.benchmarks.attributed import (
+    ABLATION,
+    BY_REMOVAL,
+    BY_WORDS,
+    FLOW,
+    FROM_TEXT,
+    SALIENCY,
+    kinds,
+)
 from tests.benchmarks.pages import markdown
 
 AREAS = ("deletion", "insertion")
@@ -19,6 +27,7 @@ ABLATION_OF = {
     "removal": BY_REMOVAL,
     "common words": BY_WORDS,
 }
+SHORT = {"common words": "words"}
 AIM = 0.9  # of ablation's deletion and insertion
 Records = Sequence[Mapping[str, Any]]
 
@@ -50,7 +59,7 @@ def summary(attributed: Records, judged: Records, planted: Records) -> dict[str,
         cost = rows[["cpu_s", "rows", "backward_rows"]].mean().round(3).to_dict()
         ranks = hits[hits["method"] == label]["rank"].tolist() if len(hits) else []
         hit = [sum(rank == 1 for rank in ranks), len(ranks)] if ranks else None
-        found["methods"][label] = {**cost, "hits": hit}
+        found["methods"][label] = {"kind": kinds().get(label), **cost, "hits": hit}
     return found
 
 
@@ -78,35 +87,53 @@ def interval(values: pandas.Series) -> list[float]:
 
 def page_text(found: Mapping[str, Any]) -> str:
     """The tables, and what the aims of the default missed, as the page has them."""
-    parts = [_main_table(found)]
+    parts = [_main_table(found), "Without the first features, and by random halves of them:"]
+    parts.append(_more_measures(found))
     for way, judged in found["judged by"].items():
-        title = (
-            f"Tokens taken out by {way}, {judged['n_prompts']} prompts: the difference on the same"
-        )
-        parts += [f"{title} prompts, with its 95 % interval:", _paired_table(way, judged)]
+        counts = f"Tokens taken out by {way}, {judged['n_prompts']} prompts"
+        parts += [f"{counts}, differences on the same prompts:", _paired_table(way, judged)]
     return "\n\n".join([*parts, *aims(found), _facts(found["machine"])])
 
 
 def _main_table(found: Mapping[str, Any]) -> str:
-    ways = found["judged by"]
-    first = next(iter(ways.values()))["methods"]
-    order = sorted(first, key=lambda label: -sum(first[label][m][0] for m in AREAS))
-    names = {"pad": "pad", "removal": "removal", "common words": "words"}
-    columns = [f"{m}, {names[way]}" for way in ways for m in AREAS]
-    columns += [*(f"{drop}, {names[way]}" for way in ways for drop in DROPS)]
-    columns += [*(f"LDS, {names[way]}" for way in ways), "facts found", "rows", "CPU s"]
+    columns = [f"{m}, {SHORT.get(way, way)}" for way in found["judged by"] for m in AREAS]
     lines = []
-    for label in order:
-        of_ways = [judged["methods"].get(label) for judged in ways.values()]
+    for label in _in_order(found):
         cost = found["methods"][label]
-        line = [_cell(entry and entry[m][0]) for entry in of_ways for m in AREAS]
-        line += [_cell(entry and entry[drop]) for entry in of_ways for drop in DROPS]
-        line += [_cell(entry and entry["lds"]) for entry in of_ways]
-        hits = cost["hits"]
-        line.append(f"{hits[0]}/{hits[1]}" if hits else "")
-        line.append(f"{cost['rows']:.1f} ({round(cost['backward_rows'], 1):g})")
-        lines.append([label, *line, f"{cost['cpu_s']:.1f}"])
+        areas = [_cell(entry and entry[m][0]) for entry in _by_way(found, label) for m in AREAS]
+        hits = f"{cost['hits'][0]}/{cost['hits'][1]}" if cost["hits"] else ""
+        rows = f"{cost['rows']:.1f} ({round(cost['backward_rows'], 1):g})"
+        lines.append([label, *areas, hits, rows, f"{cost['cpu_s']:.1f}"])
+    return markdown(["method", *columns, "facts found", "rows", "CPU s"], lines)
+
+
+def _more_measures(found: Mapping[str, Any]) -> str:
+    measures = (*DROPS, "lds")
+    columns = [
+        f"{m.replace('lds', 'LDS')}, {SHORT.get(way, way)}"
+        for way in found["judged by"]
+        for m in measures
+    ]
+    lines = [
+        [label, *(_cell(entry and entry[m]) for entry in _by_way(found, label) for m in measures)]
+        for label in _in_order(found)
+    ]
     return markdown(["method", *columns], lines)
+
+
+def _in_order(found: Mapping[str, Any]) -> list[str]:
+    """All that were judged in some way, the largest sums of the means of areas first."""
+
+    def mean(label: str) -> float:
+        areas = [entry[m][0] for entry in _by_way(found, label) if entry for m in AREAS]
+        return sum(areas) / len(areas)
+
+    judged = {label for way in found["judged by"].values() for label in way["methods"]}
+    return sorted(judged, key=mean, reverse=True)
+
+
+def _by_way(found: Mapping[str, Any], label: str) -> list[Mapping[str, Any] | None]:
+    return [judged["methods"].get(label) for judged in found["judged by"].values()]
 
 
 def _paired_table(way: str, judged: Mapping[str, Any]) -> str:
@@ -151,7 +178,7 @@ def aims(found: Mapping[str, Any], label: str = FLOW) -> list[str]:
                     f"- {label}, {way}: ahead of {name} by {said}: {'met' if sure else 'missed'}."
                 )
     own, other = (found["methods"].get(x, {}).get("hits") for x in (label, SALIENCY))
-    if own and other:
+    if own and other and own[1] == other[1]:  # asked for the same facts
         met = "met" if own[0] >= other[0] else "missed"
         lines.append(
             f"- {label}, planted facts: {own[0]} of {own[1]} named first, by saliency "

@@ -99,6 +99,7 @@ def records() -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str
 
 def test_the_summary_has_means_differences_costs_and_hits() -> None:
     found = tables.summary(*records())
+    assert found["methods"][FLOW].pop("kind") == "attention"
     assert found["methods"][FLOW] == {"cpu_s": 1.5, "rows": 3, "backward_rows": 0, "hits": [2, 4]}
     assert found["methods"][ABLATION]["hits"] is None
     pad = found["judged by"]["pad"]
