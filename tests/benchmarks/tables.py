@@ -46,7 +46,7 @@ def summary(attributed: Records, judged: Records, planted: Records) -> dict[str,
         of_way = {}
         for label in whole:
             entry: dict[str, Any] = {m: interval(values[m][label]) for m in AREAS}
-            entry |= {m: round(float(plain[m][label].mean()), 4) for m in plain}
+            entry |= {m: _mean(plain[m][label]) for m in plain}
             entry["less"] = {
                 name: {m: interval(values[m][label] - values[m][other]) for m in AREAS}
                 for name, other in references(str(way)).items()
@@ -69,6 +69,11 @@ def references(way: str) -> dict[str, str]:
 
 def _by_method(rows: pandas.DataFrame, column: str) -> pandas.DataFrame:
     return rows.pivot(index="prompt", columns="method", values=column)
+
+
+def _mean(values: pandas.Series) -> float | None:
+    """Over the prompts that have a value; LDS has none where all features are one."""
+    return round(float(values.mean()), 4) if values.notna().any() else None
 
 
 def interval(values: pandas.Series) -> list[float]:

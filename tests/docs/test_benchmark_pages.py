@@ -25,7 +25,7 @@ TABLES: list[tuple[str, Path, str, Callable[[Any], str]]] = [
     ("quadrature", quadrature.PAGE, "quadrature", quadrature.page_text),
     ("two_stage", faithfulness.PAGE, "two_stage", two_stage.page_text),
 ]
-SUMMARIES = ["smollm2", "gemma"]
+SUMMARIES = sorted(RESULTS.glob("faithfulness_*_held-out.json"))
 
 
 @pytest.mark.parametrize(("stored", "page", "name", "text"), TABLES)
@@ -36,9 +36,9 @@ def test_the_page_shows_the_stored_results(
     assert filled(page, name) == text(rows)
 
 
-@pytest.mark.parametrize("model", SUMMARIES)
-def test_the_page_shows_the_referees_summary(model: str) -> None:
-    summary = json.loads((RESULTS / f"faithfulness_{model}_held-out.json").read_text())
+@pytest.mark.parametrize("stored", SUMMARIES, ids=lambda stored: stored.stem)
+def test_the_page_shows_the_referees_summary(stored: Path) -> None:
+    summary, model = json.loads(stored.read_text()), stored.stem.split("_")[1]
     assert filled(faithfulness.PAGE, f"faithfulness --model {model}") == tables.page_text(summary)
 
 
