@@ -92,8 +92,7 @@ def interval(values: pandas.Series) -> list[float]:
 
 def page_text(found: Mapping[str, Any]) -> str:
     """The tables, and what the aims of the default missed, as the page has them."""
-    parts = [_main_table(found), "Without the first features, and by random halves of them:"]
-    parts.append(_more_measures(found))
+    parts = [_main_table(found), *filter(None, [_more_measures(found)])]
     for way, judged in found["judged by"].items():
         counts = f"Tokens taken out by {way}, {judged['n_prompts']} prompts"
         parts += [f"{counts}, differences on the same prompts:", _paired_table(way, judged)]
@@ -113,17 +112,20 @@ def _main_table(found: Mapping[str, Any]) -> str:
 
 
 def _more_measures(found: Mapping[str, Any]) -> str:
-    measures = (*DROPS, "lds")
-    columns = [
-        f"{m.replace('lds', 'LDS')}, {SHORT.get(way, way)}"
-        for way in found["judged by"]
-        for m in measures
-    ]
-    lines = [
-        [label, *(_cell(entry and entry[m]) for entry in _by_way(found, label) for m in measures)]
-        for label in _in_order(found)
-    ]
-    return markdown(["method", *columns], lines)
+    """The measures that some method has."""
+    columns = {
+        f"{m.replace('lds', 'LDS')}, {SHORT.get(way, way)}": {
+            label: _cell(entry[m]) for label, entry in judged["methods"].items()
+        }
+        for way, judged in found["judged by"].items()
+        for m in (*DROPS, "lds")
+    }
+    columns = {name: cells for name, cells in columns.items() if any(cells.values())}
+    if not columns:
+        return ""
+    lines = [[x, *(cells.get(x, "") for cells in columns.values())] for x in _in_order(found)]
+    said = "Without the first features, and by random halves of them:"
+    return f"{said}\n\n{markdown(['method', *columns], lines)}"
 
 
 def _in_order(found: Mapping[str, Any]) -> list[str]:
