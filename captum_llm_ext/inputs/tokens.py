@@ -29,8 +29,9 @@ class TextTokenInput(CaptumTextTokenInput):
         tokenizer: the model's tokenizer.
         baselines: what stands for an absent token: a token id, a token string, "pad", "eos",
             "unk", "nearest" (each token's nearest other one by cosine of the embeddings),
-            ("nearest", n) for the n-th nearest, or ("text", a text) for the tokens of another text
-            in order; by perturbation also "remove", which drops the token; with gradients also
+            ("nearest", n) for the n-th nearest, "common" (a common English word drawn for each
+            token), ("common", seed) for other draws, or ("text", a text) for the tokens of another
+            text in order; by perturbation also "remove", which drops the token; with gradients also
             "zero" and "mean". Default: 0, as in Captum. In many vocabularies that is a special
             token, which may hide everything before it.
         skip_tokens: ids or strings of tokens that are not features and are never replaced.
