@@ -10,7 +10,7 @@ from torch import nn
 
 from captum_llm_ext.compat import compute_layer_gradients_and_eval
 from captum_llm_ext.gradients.method import NORMS, LayerMethod
-from captum_llm_ext.model.backward_rules import RULES, relevance_rules
+from captum_llm_ext.model.relevance_rules import RULES, relevance_rules
 from captum_llm_ext.model.hooks import differentiable
 
 
