@@ -10,8 +10,8 @@ from torch import nn
 
 from captum_llm_ext.compat import compute_layer_gradients_and_eval
 from captum_llm_ext.gradients.method import NORMS, LayerMethod
-from captum_llm_ext.model.relevance_rules import RULES, relevance_rules
 from captum_llm_ext.model.hooks import differentiable
+from captum_llm_ext.model.relevance_rules import RULES, relevance_rules
 
 
 class LayerRelevance(LayerMethod):
@@ -35,11 +35,11 @@ class LayerRelevance(LayerMethod):
     gradient. All else, such as linear maps, softmax, rotary embeddings and residuals, is
     differentiated as it is. One forward and one backward pass serve all layers.
 
-    The attribution of a token has the unit of the score. With ``attr_target="logit"`` the relevances
-    of all positions of the embeddings sum to the logit if the model has no biases, and under
-    "attnlrp" no attention either. Lost is what a bias adds, what passes through softmax, of
-    attention under "attnlrp" or of a router of experts, what enters past the layer, and with
-    "log_prob" the share of the other tokens.
+    The attribution of a token has the unit of the score. With ``attr_target="logit"`` the
+    relevances of all positions of the embeddings sum to the logit if the model has no attention and
+    no biases, and under "cp" with attention too. Elsewhere these are lost: what a bias adds, what
+    passes through a softmax (of attention under "attnlrp", of a router of experts), what enters the
+    model past the layer, and with "log_prob" what the other tokens' logits add.
 
     "attnlrp" was worse than chance on Gemma 3 270M, where "cp" was not: judge it on your model (see
     `faithfulness`) before you trust it.
@@ -49,8 +49,8 @@ class LayerRelevance(LayerMethod):
     and scientific purposes only. Captum ships a class of its own for it, ``captum.attr.LRP``. No
     default of this package uses it.
 
-    AttnLRP: Achtibat et al. 2024, https://arxiv.org/abs/2402.05602. Conservative propagation: Ali et
-    al. 2022, https://arxiv.org/abs/2202.07304.
+    AttnLRP: Achtibat et al. 2024, https://arxiv.org/abs/2402.05602. Conservative propagation: Ali
+    et al. 2022, https://arxiv.org/abs/2202.07304.
 
     Example:
         >>> method = LayerRelevance(model, model.get_input_embeddings())
