@@ -35,7 +35,7 @@ def relevance(rules: str) -> Any:
 
 
 def models() -> dict[str, Callable[[], Any]]:
-    families = {name: lambda name=name: tiny_model(name) for name in FAMILIES}  # type: ignore[misc]
+    families = {name: lambda name=name: tiny_model(name) for name in FAMILIES}
     return {**families, "gemma4": lambda: sharing_model("gemma4"), "t5": lambda: tiny_seq2seq("t5")}
 
 
