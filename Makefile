@@ -75,6 +75,7 @@ bench: $(STAMP)
 	$(BIN)/python -m tests.benchmarks.prefixes
 	$(BIN)/python -m tests.benchmarks.forward
 	$(BIN)/python -m tests.benchmarks.flow
+	$(BIN)/python -m tests.benchmarks.relevance
 	@echo "== 4, 8 and 16 bits against float32"
 	$(BIN)/python -m tests.benchmarks.quantization
 

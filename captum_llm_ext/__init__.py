@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from captum_llm_ext.attention.wrapper import LLMAttentionAttribution
     from captum_llm_ext.batches.run import BatchReport, batch
     from captum_llm_ext.explaining import explain
+    from captum_llm_ext.gradients.relevance import LayerRelevance
     from captum_llm_ext.gradients.saliency import LayerSaliency
     from captum_llm_ext.gradients.wrapper import LLMGradientAttribution
     from captum_llm_ext.inputs.chats import chat_input
@@ -61,6 +62,7 @@ _MODULES = {
     "captum_llm_ext.attention.wrapper": ("LLMAttentionAttribution",),
     "captum_llm_ext.batches.run": ("BatchReport", "batch"),
     "captum_llm_ext.explaining": ("explain",),
+    "captum_llm_ext.gradients.relevance": ("LayerRelevance",),
     "captum_llm_ext.gradients.saliency": ("LayerSaliency",),
     "captum_llm_ext.gradients.wrapper": ("LLMGradientAttribution",),
     "captum_llm_ext.inputs.chats": ("chat_input",),
@@ -94,6 +96,7 @@ __all__ = [
     "LayerGradientShap",
     "LayerGradientXActivation",
     "LayerIntegratedGradients",
+    "LayerRelevance",
     "LayerSaliency",
     "Lime",
     "ProductBaselines",

@@ -58,8 +58,9 @@ def explain(
         target: the continuation to attribute, a string or token ids of shape (n_output,).
             Default: what the model generates.
         method: with gradients, "saliency" (L1 norm of the gradient), "ig" (integrated
-            gradients), "gradxact" (gradient x activation), "gradshap" (gradient SHAP) or
-            "conductance" (of layers, along the path of the embeddings); by perturbation,
+            gradients), "gradxact" (gradient x activation), "gradshap" (gradient SHAP),
+            "conductance" (of layers, along the path of the embeddings) or "relevance" (layer-wise
+            relevance, see `LayerRelevance` for what its authors say of patents); by perturbation,
             "ablation", "two_stage" (ablation in two contexts), "shapley", "shapley_sampling",
             "lime" or "kernelshap"; by attention, "attention" (the weights, with `heads` and
             `reduction`), "flow" (information flow) or "flow_rollout": any row of
@@ -75,8 +76,8 @@ def explain(
         context: the text that holds the answer, for a question answering model, whose prompt is
             the question.
         **kwargs: `attr_target` ("log_prob", the default, "prob" or "logit"; by perturbation "rank"
-            too) and, for "saliency", `norm` ("l1", the default, "l2" or "linf"). All others go to
-            ``attribute`` of `LLMGradientAttribution`, `LLMAttribution` or
+            too) and, for "saliency", `norm` ("l1", the default, "l2" or "linf"), for "relevance",
+            `rules` ("cp", the default, or "attnlrp"). All others go to ``attribute`` of `LLMGradientAttribution`, `LLMAttribution` or
             `LLMAttentionAttribution`, for example ``n_steps=100``, ``n_samples=50`` or
             ``gen_args={"max_new_tokens": 10}``.
 

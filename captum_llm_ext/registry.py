@@ -111,6 +111,13 @@ METHODS: dict[str, Method] = {
         "captum_llm_ext.gradients.conductance:Conductance",
         renamed=_PATH_OPTIONS,
     ),
+    "relevance": Method(
+        "captum_llm_ext.gradients.relevance:LayerRelevance",
+        GRADIENT,
+        "layer-wise relevance, with attention weights constant or by AttnLRP's rules",
+        settings=("rules",),
+        takes_baselines=False,
+    ),
     "ablation": Method(
         "captum.attr:FeatureAblation",
         PERTURBATION,
@@ -172,6 +179,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     ),
     "quantization": ("nf4", "int8"),
     "reduction": ("mean", "max", "rollout", "value_norm", "flow", "flow_rollout"),
+    "rules": ("cp", "attnlrp"),
     "task": ("causal", "seq2seq", "qa"),
 }
 

@@ -135,6 +135,7 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
         help="the score that is attributed (default: log_prob)",
     )
     add("--norm", choices=CHOICES["norm"], help="norm that saliency takes (default: l1)")
+    add("--rules", choices=CHOICES["rules"], help="rules that relevance takes (default: cp)")
     add(
         "--heads",
         nargs="+",

@@ -147,7 +147,8 @@ def check_totals(
         warn(
             f"no gradient reaches {', '.join(cut_off[:3])}{' …' if len(cut_off) > 3 else ''}: its "
             "attribution is zero everywhere. A layer after it cuts the gradient off, as quantised "
-            "layers without a backward do (4-bit layers on a CPU after a pass without gradients)",
+            "layers without a backward do (4-bit layers on a CPU after a pass without gradients); "
+            "and attention does under the rules 'cp' of relevance, for queries and keys",
         )
     on_path = [totals[site] for site in checked if totals[site].sums_to_difference]
     _warn_of_leaps(on_path)

@@ -63,8 +63,9 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
 
     Args:
         attr_method: `LayerIntegratedGradients`, `LayerGradientXActivation`, `LayerGradientShap`,
-            `LayerConductance` (Captum's classes) or `LayerSaliency`, made with the model and a
-            layer, a list of layers, or names and patterns of layers (see `find_layers`).
+            `LayerConductance` (Captum's classes), `LayerSaliency` or `LayerRelevance`, made with
+            the model and a layer, a list of layers, or names and patterns of layers (see
+            `find_layers`).
         tokenizer: the model's tokenizer.
         attr_target: what is attributed of each target token: "log_prob" (natural logarithm, the
             default), "prob" or "logit". The sequence score is the sum over target tokens; for

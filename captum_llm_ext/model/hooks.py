@@ -39,6 +39,11 @@ def patched(patches: Iterable[tuple[nn.Module, str, Any]]) -> Iterator[None]:
                 setattr(module, name, value)  # such as the `forward` that accelerate puts there
 
 
+def forward_name(module: nn.Module) -> str:
+    """The attribute that holds what a module computes: accelerate's `forward` calls another one."""
+    return "_old_forward" if "_old_forward" in vars(module) else "forward"
+
+
 @contextmanager
 def differentiable(model: nn.Module) -> Iterator[None]:
     """Let activations have gradients and weights none, in whatever mode the caller is.
