@@ -76,10 +76,10 @@ def explain(
         context: the text that holds the answer, for a question answering model, whose prompt is
             the question.
         **kwargs: `attr_target` ("log_prob", the default, "prob" or "logit"; by perturbation "rank"
-            too) and, for "saliency", `norm` ("l1", the default, "l2" or "linf"), for "relevance",
-            `rules` ("cp", the default, or "attnlrp"). All others go to ``attribute`` of `LLMGradientAttribution`, `LLMAttribution` or
-            `LLMAttentionAttribution`, for example ``n_steps=100``, ``n_samples=50`` or
-            ``gen_args={"max_new_tokens": 10}``.
+            too); for "saliency", `norm` ("l1", the default, "l2" or "linf"); for "relevance",
+            `rules` ("cp", the default, or "attnlrp"). All others go to ``attribute`` of
+            `LLMGradientAttribution`, `LLMAttribution` or `LLMAttentionAttribution`, for example
+            ``n_steps=100``, ``n_samples=50`` or ``gen_args={"max_new_tokens": 10}``.
 
     Returns:
         A result with ``seq_attr`` (n_input,) and ``token_attr`` (n_output, n_input): in units of

@@ -1,7 +1,7 @@
 """Relevance against L1 saliency, the sequence alone, 17 prompt tokens and 14 target tokens.
 
-`python -m tests.benchmarks.relevance` prints CPU seconds and their ratio. One thread, alternating in
-one process, median of 7.
+`python -m tests.benchmarks.relevance` prints CPU seconds and their ratio. One thread, alternating
+in one process, median of 7.
 """
 
 from __future__ import annotations
