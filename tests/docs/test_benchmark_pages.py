@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 
-from tests.benchmarks import convergence, faithfulness, integrals, quadrature
+from tests.benchmarks import convergence, faithfulness, integrals, quadrature, stand_ins
 from tests.benchmarks.measure import RESULTS
 from tests.benchmarks.pages import filled, markdown
 
 TABLES: list[tuple[str, Path, str, Callable[[Any], str]]] = [
     ("convergence", convergence.PAGE, "convergence", convergence.page_text),
     ("quadrature", quadrature.PAGE, "quadrature", quadrature.page_text),
+    ("stand_ins", stand_ins.PAGE, "stand_ins", stand_ins.page_text),
     *(
         (f"faithfulness_{half}", faithfulness.PAGE, f"faithfulness --half {half}", page_text)
         for half in ("choosing", "holdout")
