@@ -62,9 +62,9 @@ class BlockRun:
         mixed = heads.mixed.flatten(1)
         first = mixed.data_ptr()  # the projection is mostly fed the same memory
         # A layer that wraps the projection, as LoRA's, ends after it and adds to what it gives.
-        for module, inputs, outputs in sorted(
-            reversed(self.modules), key=lambda run: run[1].data_ptr() != first
-        ):
+        outer_first = list(reversed(self.modules))
+        outer_first.sort(key=lambda run: run[1].data_ptr() != first)
+        for module, inputs, outputs in outer_first:
             if inputs.shape == (1, *mixed.shape) and agree(inputs[0], mixed, inputs.dtype):
                 matrix = linear_map(module, inputs, outputs)
                 if matrix is not None:
