@@ -163,9 +163,9 @@ class Baseline(NamedTuple):
     @classmethod
     def parse(cls, spec: Any, tokenizer: Any) -> Baseline:
         """The baseline that `spec` means. Raises ValueError for a str that names none."""
-        if isinstance(spec, Tensor):
+        if isinstance(spec, Tensor) and spec.dtype != torch.bool:
             return cls("embeddings" if spec.is_floating_point() else "ids", spec)
-        if isinstance(spec, Integral):
+        if isinstance(spec, Integral) and not isinstance(spec, bool):
             return cls("ids", int(spec))
         is_pair = isinstance(spec, tuple) and len(spec) == 2 and isinstance(spec[0], str)
         if is_pair and spec[0] in TOKEN_BASELINES:
@@ -198,10 +198,11 @@ def baseline_ids(baseline: Baseline, absent: AbsentTokens) -> Tensor:
                 )
         ids = torch.as_tensor(value, dtype=torch.long, device=absent.ids.device)
         return _per_position(ids, absent.replaced, 0)
-    raise _no_tokens(baseline)
+    raise no_tokens(baseline)
 
 
-def _no_tokens(baseline: Baseline) -> ValueError | TypeError:
+def no_tokens(baseline: Baseline) -> ValueError | TypeError:
+    """The error of a baseline that is no token."""
     kind, value = baseline
     if kind == REMOVE:
         return ValueError(
@@ -262,7 +263,15 @@ def token_id(name: str, tokenizer: Any) -> int:
 
 
 def token_ids(tokens: Sequence[int] | Sequence[str] | None, tokenizer: Any) -> list[int]:
-    """The ids of tokens that are ids or strings; none for None."""
+    """The ids of tokens that are ids or strings; none for None.
+
+    Raises:
+        TypeError: a string instead of a list, whose characters would count.
+    """
+    if isinstance(tokens, str):
+        raise TypeError(
+            f"expected a list of token ids or strings, got {tokens!r}: give [{tokens!r}]"
+        )
     return [token_id(t, tokenizer) if isinstance(t, str) else t for t in tokens or ()]
 
 

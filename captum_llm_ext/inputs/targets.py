@@ -137,10 +137,11 @@ def encode_target(tokenizer: Any, target: str | Tensor | Sequence[int]) -> Tenso
         return ids
     if not isinstance(target, Tensor | list | tuple):
         raise TypeError(f"target must be a str, a 1-D tensor of ids or None, got {type(target)}")
-    if not isinstance(target, Tensor) and not all(isinstance(i, int) for i in target):
+    are_ids = (isinstance(i, int) and not isinstance(i, bool) for i in target)
+    if not isinstance(target, Tensor) and not all(are_ids):
         raise TypeError(f"a target given as a list must hold token ids, got {list(target)[:5]}")
     ids = torch.as_tensor(target)
-    if ids.dim() != 1 or ids.is_floating_point():
+    if ids.dim() != 1 or ids.is_floating_point() or ids.dtype == torch.bool:
         raise ValueError(
             f"target must be a 1-D tensor of token ids, got shape {tuple(ids.shape)} of {ids.dtype}"
         )

@@ -25,6 +25,7 @@ from captum_llm_ext.scoring.checks import (
     check_vocabulary,
     warn_of_dropout,
     warn_of_ended_prompt,
+    warn_of_other_tokenizer,
 )
 from captum_llm_ext.scoring.context import check_context, generating
 from captum_llm_ext.scoring.tasks import Request, Task, task_of
@@ -105,6 +106,7 @@ def prepare(
     check_reads_tokens(model)
     task = task_of(model)
     model = original(model)
+    warn_of_other_tokenizer(inp, prompt, tokenizer)
     check_vocabulary(model, prompt[0])
     with generating(model, prompt.size(1)) if request.target is None else nullcontext():
         forcing = task.teacher_forcing(model, tokenizer, prompt, request)

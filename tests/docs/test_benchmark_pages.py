@@ -14,6 +14,7 @@ from tests.benchmarks import (
     faithfulness,
     integrals,
     quadrature,
+    stand_ins,
     tables,
     two_stage,
 )
@@ -24,6 +25,7 @@ TABLES: list[tuple[str, Path, str, Callable[[Any], str]]] = [
     ("convergence", convergence.PAGE, "convergence", convergence.page_text),
     ("quadrature", quadrature.PAGE, "quadrature", quadrature.page_text),
     ("two_stage", faithfulness.PAGE, "two_stage", two_stage.page_text),
+    ("stand_ins", stand_ins.PAGE, "stand_ins", stand_ins.page_text),
 ]
 SUMMARIES = sorted(RESULTS.glob("faithfulness_*_held-out.json"))
 

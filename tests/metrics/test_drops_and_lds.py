@@ -115,4 +115,4 @@ def test_methods_compared_in_several_ways_of_taking_out() -> None:
     labels = [label.get_text() for label in found.plot()[1].get_yticklabels()]
     assert sorted(labels) == ["gone: a", "gone: b", "seven: a", "seven: b"]
     with pytest.raises(ValueError, match="removed_by to be a dict of names and baselines"):
-        compare_methods(model, tiny_tokenizer(), [inp], methods, removed_by="pad")  # type: ignore[arg-type]
+        compare_methods(model, tiny_tokenizer(), [inp], methods, removed_by="pad")
