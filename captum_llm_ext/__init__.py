@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     )
 
     from captum_llm_ext.attention.wrapper import LLMAttentionAttribution
+    from captum_llm_ext.batches.reading import BatchRecord, read_batch
     from captum_llm_ext.batches.run import BatchReport, batch
     from captum_llm_ext.explaining import explain
     from captum_llm_ext.gradients.saliency import LayerSaliency
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from captum_llm_ext.perturbations.wrapper import LLMAttribution
     from captum_llm_ext.results.attention import LLMAttentionAttributionResult
     from captum_llm_ext.results.layered import LLMLayerAttributionResult
+    from captum_llm_ext.results.provenance import Provenance
     from captum_llm_ext.results.single import LLMAttributionResult
 
 _MODULES = {
@@ -59,6 +61,7 @@ _MODULES = {
         "ShapleyValues",
     ),
     "captum_llm_ext.attention.wrapper": ("LLMAttentionAttribution",),
+    "captum_llm_ext.batches.reading": ("BatchRecord", "read_batch"),
     "captum_llm_ext.batches.run": ("BatchReport", "batch"),
     "captum_llm_ext.explaining": ("explain",),
     "captum_llm_ext.gradients.saliency": ("LayerSaliency",),
@@ -76,11 +79,13 @@ _MODULES = {
     "captum_llm_ext.perturbations.wrapper": ("LLMAttribution",),
     "captum_llm_ext.results.attention": ("LLMAttentionAttributionResult",),
     "captum_llm_ext.results.layered": ("LLMLayerAttributionResult",),
+    "captum_llm_ext.results.provenance": ("Provenance",),
     "captum_llm_ext.results.single": ("LLMAttributionResult",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
+    "BatchRecord",
     "BatchReport",
     "FeatureAblation",
     "KernelShap",
@@ -97,6 +102,7 @@ __all__ = [
     "LayerSaliency",
     "Lime",
     "ProductBaselines",
+    "Provenance",
     "RemoteLLMAttribution",
     "ShapleyValueSampling",
     "ShapleyValues",
@@ -112,6 +118,7 @@ __all__ = [
     "load_demo_model",
     "load_model",
     "qa_input",
+    "read_batch",
     "segment_input",
 ]
 

@@ -107,8 +107,7 @@ def explain(
         wrapper, left = make_wrapper(model, tokenizer, name, layers, options)
         inp = as_input(prompt, tokenizer, context, task_of(model).name == QA)
         result: LLMAttributionResult = wrapper.attribute(inp, target=target, **left)
-        result.method = name
-        return result
+        return result  # it knows its method
 
     if method is not None:
         return run(method)

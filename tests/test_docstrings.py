@@ -21,9 +21,11 @@ OURS = {
 CLASSES = {name: kind for name, kind in OURS.items() if inspect.isclass(kind)}
 # Inputs, layers and models: no method of a paper, and no tensor goes in or out.
 NO_METHODS = {
+    "BatchRecord",
     "BatchReport",
     "TextTemplateInput",
     "TextTokenInput",
+    "Provenance",
     "batch",
     "chat_input",
     "compare_methods",
@@ -31,6 +33,7 @@ NO_METHODS = {
     "load_demo_model",
     "load_model",
     "qa_input",
+    "read_batch",
     "segment_input",
 }
 # Their models would have to be somewhere; docs/tasks/large_models.md runs the first.

@@ -62,6 +62,7 @@ def render_view(
     output_tokens: Sequence[str],
     views: Sequence[View],
     footers: Mapping[str, FloatArray],
+    foot: Sequence[str] = (),
 ) -> str:
     """A `div` for a page or a notebook, which may hold several of them.
 
@@ -71,6 +72,7 @@ def render_view(
         views: at least one; a slider chooses among several, such as layers.
         footers: name → a number for each output token, shape (n_output,), or for the sequence,
             shape (1,).
+        foot: lines below, where the attributions come from.
     """
     scale = views[0].scale
     inputs = _inputs(input_tokens, views[0].seq_attr, scale)
@@ -88,6 +90,7 @@ def render_view(
         legend=_legend(scale),
         inputs=inputs,
         note=escape(note),
+        foot="<br>".join(escape(readable_text(line)) for line in foot),
     )
 
 

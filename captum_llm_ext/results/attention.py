@@ -12,6 +12,7 @@ from torch import Tensor
 from captum_llm_ext.results.json_format import fields_of
 from captum_llm_ext.results.layered import LLMLayerAttributionResult
 from captum_llm_ext.results.merge import Spans
+from captum_llm_ext.results.provenance import Provenance
 from captum_llm_ext.results.values import checked_tensor, count, optional_tensor
 
 if TYPE_CHECKING:
@@ -56,12 +57,12 @@ class LLMAttentionAttributionResult(LLMLayerAttributionResult):
         layer_seq_attr: shape (n_layers, n_input), of the whole target; None (default) for the mean
             over its tokens.
         inp: the attributed interpretable input, or None (default).
-        method: the method that made it, by the name that `explain` has for it; None (default) where
-            another caller did. It does not count when results are compared.
         output_labels: names of the output tokens in tables and plots, which keep leading spaces;
             None (default) for `output_tokens`.
         starts_prompt: whether the first input token is the first token of the prompt, where
             attention sinks are; None (default) for what `inp` says, False without it.
+        provenance: what made the result, see `Provenance`; None (default) where it is not known. It
+            does not count when results are compared.
 
     Raises:
         ValueError: a shape does not fit, or the reduction is unknown.
@@ -98,9 +99,9 @@ class LLMAttentionAttributionResult(LLMLayerAttributionResult):
         output_probs: npt.ArrayLike | None = None,
         layer_seq_attr: npt.ArrayLike | None = None,
         inp: InterpretableInput | None = None,
-        method: str | None = None,
         output_labels: list[str] | None = None,
         starts_prompt: bool | None = None,
+        provenance: Provenance | None = None,
     ) -> None:
         if reduction not in OVER_LAYERS:
             raise ValueError(
@@ -124,9 +125,9 @@ class LLMAttentionAttributionResult(LLMLayerAttributionResult):
             layer_token_attr=layer_token_attr,
             output_probs=output_probs,
             inp=inp,
-            method=method,
             output_labels=output_labels,
             starts_prompt=starts_prompt,
+            provenance=provenance,
         )
         n_heads = {"n_heads": None if heads is None else len(heads)}
         self.attention = checked_tensor("attention", attention, layers | n_heads | outputs | inputs)

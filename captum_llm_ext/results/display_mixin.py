@@ -21,6 +21,7 @@ from captum_llm_ext.display import (
     render_view,
 )
 from captum_llm_ext.results.merge import Spans
+from captum_llm_ext.results.provenance import Provenance
 from captum_llm_ext.results.values import FloatArray, array, count
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class DisplayMixin:
     score_path: Tensor | None
     output_labels: list[str] | None
     starts_prompt: bool
-    method: str | None
+    provenance: Provenance | None
 
     if TYPE_CHECKING:
 
@@ -172,7 +173,12 @@ class DisplayMixin:
 
     def _view(self) -> str:
         return render_view(
-            self._title(), self.input_tokens, self._labels, self._views(), self._footers()
+            self._title(),
+            self.input_tokens,
+            self._labels,
+            self._views(),
+            self._footers(),
+            [] if self.provenance is None else self.provenance.lines(),
         )
 
     def _views(self) -> list[View]:

@@ -21,6 +21,7 @@ from captum_llm_ext.display import (
 from captum_llm_ext.results.display_mixin import return_or_show
 from captum_llm_ext.results.frames import layered_frame
 from captum_llm_ext.results.merge import Spans
+from captum_llm_ext.results.provenance import Provenance
 from captum_llm_ext.results.single import LLMAttributionResult
 from captum_llm_ext.results.values import (
     array,
@@ -66,12 +67,12 @@ class LLMLayerAttributionResult(LLMAttributionResult, Mapping[str, LLMAttributio
             shape (2, n_points), or None (default).
         norm: "l1", "l2" or "linf" where values are norms of gradients; None (default) where values
             are attributions that add up.
-        method: the method that made it, by the name that `explain` has for it; None (default) where
-            another caller did. It does not count when results are compared.
         output_labels: names of the output tokens in tables and plots, which keep leading spaces;
             None (default) for `output_tokens`.
         starts_prompt: whether the first input token is the first token of the prompt, where
             attention sinks are; None (default) for what `inp` says, False without it.
+        provenance: what made the result, see `Provenance`; None (default) where it is not known. It
+            does not count when results are compared.
 
     Raises:
         ValueError: a shape does not fit the tokens and layers, or a name comes twice.
@@ -109,9 +110,9 @@ class LLMLayerAttributionResult(LLMAttributionResult, Mapping[str, LLMAttributio
         layer_converged: Sequence[bool | None] | None = None,
         norm: str | None = None,
         layer_score_paths: Sequence[Tensor | None] | None = None,
-        method: str | None = None,
         output_labels: list[str] | None = None,
         starts_prompt: bool | None = None,
+        provenance: Provenance | None = None,
     ) -> None:
         self.layer_names = _distinct_layer_names(layer_names)
         n_layers = len(self.layer_names)
@@ -141,9 +142,9 @@ class LLMLayerAttributionResult(LLMAttributionResult, Mapping[str, LLMAttributio
             converged=all(converged) if converged else None,
             norm=norm,
             score_path=_common_path(self.layer_score_paths),
-            method=method,
             output_labels=output_labels,
             starts_prompt=starts_prompt,
+            provenance=provenance,
         )
         rows = layers if layer_mode == "independent" else {}
         self.convergence_delta = optional_tensor(
@@ -180,8 +181,8 @@ class LLMLayerAttributionResult(LLMAttributionResult, Mapping[str, LLMAttributio
             converged=self.layer_converged[index],
             norm=self.norm,
             score_path=self.layer_score_paths[index],
-            method=self.method,
             output_labels=self.output_labels,
+            provenance=self.provenance,
             starts_prompt=self.starts_prompt,
         )
 
@@ -210,9 +211,9 @@ class LLMLayerAttributionResult(LLMAttributionResult, Mapping[str, LLMAttributio
             converged=self.converged,
             norm=self.norm,
             score_path=self.score_path,
-            method=self.method,
             output_labels=self.output_labels,
             starts_prompt=self.starts_prompt,
+            provenance=self.provenance,
         )
 
     def __iter__(self) -> Iterator[str]:

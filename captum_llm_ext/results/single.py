@@ -16,6 +16,7 @@ from captum_llm_ext.results.display_mixin import DisplayMixin
 from captum_llm_ext.results.export_mixin import ExportMixin
 from captum_llm_ext.results.json_format import fields_of
 from captum_llm_ext.results.merge import Spans, merged_fields
+from captum_llm_ext.results.provenance import Provenance
 from captum_llm_ext.results.values import (
     array,
     checked_labels,
@@ -56,12 +57,12 @@ class LLMAttributionResult(DisplayMixin, ExportMixin, CaptumLLMAttributionResult
             (default); see `plot_path`.
         norm: "l1", "l2" or "linf" where values are norms of gradients; None (default) where values
             are attributions that add up.
-        method: the method that made it, by the name that `explain` has for it; None (default) where
-            another caller did. It does not count when results are compared.
         output_labels: names of the output tokens in tables and plots, which keep leading spaces;
             None (default) for `output_tokens`.
         starts_prompt: whether the first input token is the first token of the prompt, where
             attention sinks are; None (default) for what `inp` says, False without it.
+        provenance: what made the result, see `Provenance`; None (default) where it is not known. It
+            does not count when results are compared.
 
     Raises:
         ValueError: a shape does not fit the tokens, or the norm is unknown.
@@ -98,11 +99,11 @@ class LLMAttributionResult(DisplayMixin, ExportMixin, CaptumLLMAttributionResult
         converged: bool | None = None,
         norm: str | None = None,
         score_path: Tensor | None = None,
-        method: str | None = None,
         output_labels: list[str] | None = None,
         starts_prompt: bool | None = None,
+        provenance: Provenance | None = None,
     ) -> None:
-        self.method = method
+        self.provenance = provenance
         self.n_evaluations, self.converged, self.norm = n_evaluations, converged, checked_norm(norm)
         super().__init__(
             input_tokens=token_list("input_tokens", input_tokens),
@@ -120,6 +121,11 @@ class LLMAttributionResult(DisplayMixin, ExportMixin, CaptumLLMAttributionResult
         )
         self._hidden_attr: Any = self._checked_hidden("hidden_attr", hidden_attr)
         self.score_path = optional_tensor("score_path", score_path, {"rows": 2, "points": None})
+
+    @property
+    def method(self) -> str | None:
+        """The name of the method that made the result, where it is known."""
+        return None if self.provenance is None else self.provenance.method
 
     @property
     def seq_attr(self) -> Tensor:
@@ -201,14 +207,17 @@ class LLMAttributionResult(DisplayMixin, ExportMixin, CaptumLLMAttributionResult
         values, tokens = array(self.seq_attr), readable_tokens(self.input_tokens, 20)
         largest = np.argsort(-np.abs(np.nan_to_num(values)), kind="stable")[:3]
         top = ", ".join(f"'{tokens[i]}' {values[i]:.3g}" for i in largest)
-        return f"{type(self).__name__}({self._title()}, top: {top})"
+        known = self.provenance.summary() if self.provenance else ""
+        said = ", ".join(filter(None, [self._title(), known]))
+        return f"{type(self).__name__}({said}, top: {top})"
 
     def __eq__(self, other: object) -> bool:
         if type(other) is not type(self):
             return NotImplemented
         mine, theirs = vars(self), vars(other)
-        compared = mine.keys() - {"inp", "method"}
-        return all(equal(mine[name], theirs.get(name)) for name in compared)
+        return all(
+            equal(mine[name], theirs.get(name)) for name in mine.keys() - {"inp", "provenance"}
+        )
 
     def _checked_hidden(self, name: str, hidden_attr: Tensor | None) -> Tensor | None:
         inputs = {"n_input": len(self.input_tokens), "hidden": None}
