@@ -41,7 +41,9 @@ if TYPE_CHECKING:
     from captum_llm_ext.model.loading import load_demo_model, load_model
     from captum_llm_ext.perturbations.two_stage import TwoStageAblation
     from captum_llm_ext.perturbations.wrapper import LLMAttribution
+    from captum_llm_ext.results.aggregation import Aggregate, aggregate
     from captum_llm_ext.results.attention import LLMAttentionAttributionResult
+    from captum_llm_ext.results.comparing import Comparison, compare
     from captum_llm_ext.results.layered import LLMLayerAttributionResult
     from captum_llm_ext.results.provenance import Provenance
     from captum_llm_ext.results.single import LLMAttributionResult
@@ -77,7 +79,9 @@ _MODULES = {
     "captum_llm_ext.model.loading": ("load_demo_model", "load_model"),
     "captum_llm_ext.perturbations.two_stage": ("TwoStageAblation",),
     "captum_llm_ext.perturbations.wrapper": ("LLMAttribution",),
+    "captum_llm_ext.results.aggregation": ("Aggregate", "aggregate"),
     "captum_llm_ext.results.attention": ("LLMAttentionAttributionResult",),
+    "captum_llm_ext.results.comparing": ("Comparison", "compare"),
     "captum_llm_ext.results.layered": ("LLMLayerAttributionResult",),
     "captum_llm_ext.results.provenance": ("Provenance",),
     "captum_llm_ext.results.single": ("LLMAttributionResult",),
@@ -85,8 +89,10 @@ _MODULES = {
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
+    "Aggregate",
     "BatchRecord",
     "BatchReport",
+    "Comparison",
     "FeatureAblation",
     "KernelShap",
     "LLMAttentionAttribution",
@@ -109,8 +115,10 @@ __all__ = [
     "TextTemplateInput",
     "TextTokenInput",
     "TwoStageAblation",
+    "aggregate",
     "batch",
     "chat_input",
+    "compare",
     "compare_methods",
     "explain",
     "faithfulness",

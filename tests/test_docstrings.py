@@ -21,6 +21,9 @@ OURS = {
 CLASSES = {name: kind for name, kind in OURS.items() if inspect.isclass(kind)}
 # Inputs, layers and models: no method of a paper, and no tensor goes in or out.
 NO_METHODS = {
+    "Comparison",
+    "aggregate",
+    "compare",
     "BatchRecord",
     "BatchReport",
     "TextTemplateInput",
@@ -38,7 +41,7 @@ NO_METHODS = {
 }
 # Their models would have to be somewhere; docs/tasks/large_models.md runs the first.
 NOT_RUN = {"load_model", "qa_input"}
-RESULTS = {name for name in CLASSES if name.endswith("Result")}
+RESULTS = {name for name in CLASSES if name.endswith("Result")} | {"Aggregate"}
 
 METHODS = {
     f"{name}.{method}": value

@@ -61,6 +61,41 @@ def open_figure(ax: Axes | None, width: float, height: float) -> tuple[Figure, A
     return figure, axes
 
 
+def sized_axes(ax: Axes | None, figsize: tuple[float, float] | None) -> Axes | None:
+    """`ax`, or the axes of a new figure of `figsize` inches, or None where neither is given.
+
+    Raises:
+        ValueError: both are given.
+    """
+    if figsize is None:
+        return ax
+    if ax is not None:
+        raise ValueError("figsize is of a new figure, and ax belongs to one: give one of them")
+    return open_figure(None, *figsize)[1]
+
+
+def finished(
+    drawn: tuple[Figure, Axes], show: bool, title: str | None = None
+) -> tuple[Figure, Axes] | None:
+    """A plot with its title, returned, or shown and not returned."""
+    if title is not None:
+        drawn[1].set_title(title, **{**label_style(), "fontsize": 11.0})
+    if not show:
+        return drawn
+    import matplotlib.pyplot as plt
+
+    plt.show()
+    return None
+
+
+def say_below(figure: Figure, lines: Sequence[str]) -> None:
+    """Write small lines at the foot of a figure."""
+    inches = figure.get_size_inches()
+    size = min(6.5, 72 * inches[0] / (0.62 * max(map(len, lines), default=1)))
+    style = label_style() | {"fontsize": max(size, 3.0), "color": "#444444"}
+    figure.supxlabel("\n".join(lines), x=0.01, ha="left", **style)
+
+
 def axes_size(ax: Axes) -> tuple[float, float]:
     """Width and height of axes in inches."""
     box = ax.get_window_extent()

@@ -75,7 +75,7 @@ def render_view(
         foot: lines below, where the attributions come from.
     """
     scale = views[0].scale
-    inputs = _inputs(input_tokens, views[0].seq_attr, scale)
+    inputs = shaded_spans(input_tokens, views[0].seq_attr, scale)
     outputs = _outputs(output_tokens, footers)
     views, note = _views_that_fit(views, _MOST_BYTES - len((inputs + outputs).encode()))
     return _fill(
@@ -135,7 +135,8 @@ def _data(view: View) -> dict[str, object]:
     }
 
 
-def _inputs(tokens: Sequence[str], values: FloatArray, scale: ColorScale) -> str:
+def shaded_spans(tokens: Sequence[str], values: FloatArray, scale: ColorScale) -> str:
+    """A `span` for each token, on the colour of its value."""
     spans = []
     for text, value, color in zip(_texts(tokens), values, scale.colors(values), strict=True):
         negative = "negative" if value <= -_FAINTEST * scale.limit else ""

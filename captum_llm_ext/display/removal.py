@@ -84,6 +84,8 @@ def draw_measures(
     ax.set_ylim(len(methods) - 0.5, -0.5)
     ax.set_xlabel(label, fontsize=LABEL_SIZE)
     ax.spines[["right", "top"]].set_visible(False)
+    if len(means) == 1:
+        return figure, ax
     ax.legend(
         frameon=False,
         fontsize=LABEL_SIZE,

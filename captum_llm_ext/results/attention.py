@@ -13,6 +13,7 @@ from captum_llm_ext.results.json_format import fields_of
 from captum_llm_ext.results.layered import LLMLayerAttributionResult
 from captum_llm_ext.results.merge import Spans
 from captum_llm_ext.results.provenance import Provenance
+from captum_llm_ext.results.single import LLMAttributionResult
 from captum_llm_ext.results.values import checked_tensor, count, optional_tensor
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ class LLMAttentionAttributionResult(LLMLayerAttributionResult):
     """
 
     _computed = ()
+    _of_sums = LLMAttributionResult  # its maps are not all sums over its layers
     __hash__ = None
 
     def __init__(
@@ -162,6 +164,10 @@ class LLMAttentionAttributionResult(LLMLayerAttributionResult):
         ax: Axes | None = None,
         normalize: bool = False,
         merge: str | Spans | None = None,
+        figsize: tuple[float, float] | None = None,
+        title: str | None = None,
+        top: int | None = None,
+        provenance: bool = False,
     ) -> tuple[Figure, Axes] | None:
         """Plot layers by input tokens, the first layer at the bottom.
 
@@ -172,8 +178,12 @@ class LLMAttentionAttributionResult(LLMLayerAttributionResult):
                 first token (default False, since the attention of different layers can be
                 compared).
             merge: "word" or spans to `merge` first; None (default) for tokens.
+            figsize: width and height of a new figure in inches; None (default) for what fits.
+            title: a line above the plot; None (default) for none.
+            top: only the features of largest sequence attribution; None (default) for all.
+            provenance: write where the result comes from below the plot (default False).
         """
-        return super().plot_layer_attr(show, ax, normalize, merge)
+        return super().plot_layer_attr(show, ax, normalize, merge, figsize, title, top, provenance)
 
     def _over_layers(self, values: Tensor) -> Tensor:
         return OVER_LAYERS[self.reduction](values)

@@ -37,7 +37,7 @@ class ExportMixin:
 
         Example:
             >>> result.to_dataframe()["sequence"].nlargest(2).index.tolist()
-            ['The', 'Ġcapital']
+            ['The', 'capital']
         """
         return long_frame(self) if long else wide_frame(self)
 

@@ -146,6 +146,7 @@ _OF_EVERY_RESULT = {
     "output_probs": _MAYBE_TENSOR,
     "convergence_delta": _MAYBE_TENSOR,
     "norm": _optional(_TEXT),
+    "spread": replace(_MAYBE_TENSOR, added=True),
 } | _ADDED
 _OF_ONE_LAYER = _OF_EVERY_RESULT | {
     "hidden_attr": _MAYBE_TENSOR,

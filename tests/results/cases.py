@@ -60,6 +60,7 @@ def single_results(draw: st.DrawFn) -> LLMAttributionResult:
         output_labels=st.lists(TEXT, min_size=n_output, max_size=n_output),
         starts_prompt=st.booleans(),
         provenance=PROVENANCE,
+        spread=tensors(n_input),
     )
     return LLMAttributionResult(
         **_tokens(draw, n_input, n_output),
@@ -89,6 +90,7 @@ def layered_results(draw: st.DrawFn) -> LLMLayerAttributionResult:
         output_labels=st.lists(TEXT, min_size=n_output, max_size=n_output),
         starts_prompt=st.booleans(),
         provenance=PROVENANCE,
+        spread=tensors(n_input),
     )
     return LLMLayerAttributionResult(
         **_tokens(draw, n_input, n_output),
