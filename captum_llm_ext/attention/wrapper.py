@@ -32,6 +32,7 @@ from captum_llm_ext.model.layers import (
 )
 from captum_llm_ext.model.lock import one_call_at_a_time
 from captum_llm_ext.model.suitability import UnreadableAttentionError, check_pair
+from captum_llm_ext.registry import did_you_mean
 from captum_llm_ext.results.attention import LLMAttentionAttributionResult
 from captum_llm_ext.results.provenance import Provenance
 from captum_llm_ext.results.recording import recorded
@@ -98,7 +99,10 @@ class LLMAttentionAttribution(BaseLLMAttribution):
         reduction: str = "mean",
     ) -> None:
         if reduction not in REDUCTIONS:
-            raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}")
+            raise ValueError(
+                f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}"
+                + did_you_mean(reduction, REDUCTIONS)
+            )
         check_pair(model, tokenizer)
         _check_attention(model)
         super().__init__(Attribution(model), tokenizer)

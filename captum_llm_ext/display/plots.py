@@ -16,10 +16,12 @@ from captum_llm_ext.display.figures import (
     TEXT_HEIGHT,
     add_color_bar,
     axes_size,
+    families,
     label_style,
     open_figure,
     widest,
 )
+from captum_llm_ext.display.fonts import drawable
 from captum_llm_ext.display.names import mark_spaces, shortened
 from captum_llm_ext.display.scale import ColorScale, FloatArray, text_color
 from captum_llm_ext.inputs.token_text import readable_tokens
@@ -251,7 +253,7 @@ class _Layout:
 def _labels(tokens: Sequence[str], limit: int = _LONGEST_LABEL) -> list[str]:
     """Tokens as labels, without the leading space that would shift them, if it tells none apart."""
     texts = [text.strip() for text in mark_spaces(readable_tokens(tokens))]
-    return shortened(texts, limit)
+    return shortened(drawable(texts, families()), limit)
 
 
 def _header(columns: Sequence[str]) -> float:
@@ -276,7 +278,7 @@ def _label_columns(ax: Axes, labels: Sequence[str], width: float) -> None:
         ha="center" if upright else "left",
         rotation_mode="default" if upright else "anchor",
         fontsize=size,
-        **label_style(),
+        **label_style(labels),
     )
 
 
@@ -286,13 +288,17 @@ def _label_rows(ax: Axes, layout: _Layout, labels: Sequence[str]) -> None:
         [layout.top(block) + row for block in range(layout.n_blocks) for row in labelled],
         labels=[labels[row] for row in labelled] * layout.n_blocks,
         fontsize=LABEL_SIZE,
-        **label_style(),
+        **label_style(labels),
     )
 
 
 def _label_blocks(ax: Axes, layout: _Layout, rows: Sequence[str], columns: Sequence[str]) -> None:
     _label_rows(ax, layout, rows)
-    style = label_style() | {"rotation": 45, "rotation_mode": "anchor", "fontsize": LABEL_SIZE}
+    style = label_style(columns) | {
+        "rotation": 45,
+        "rotation_mode": "anchor",
+        "fontsize": LABEL_SIZE,
+    }
     for column, text in enumerate(columns):
         block, x = divmod(column, layout.columns_per_block)
         ax.text(x, layout.top(block) - 0.7, text, ha="left", va="bottom", **style)

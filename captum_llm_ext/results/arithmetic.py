@@ -77,7 +77,8 @@ class ArithmeticMixin:
             return NotImplemented
         return weighted_sum([self], [float(factor)])
 
-    __rmul__ = __mul__
+    def __rmul__(self, factor: float) -> Self:
+        return self * factor
 
     def normalise(self) -> Self:
         """The result divided by the sum of the magnitudes of `seq_attr`, so that these sum to 1.

@@ -38,6 +38,11 @@ def result(values: list[float], tokens: list[str] = TOKENS, **fields: Any) -> LL
     )
 
 
+def drawn(plot: tuple[Any, Any] | None) -> tuple[Any, Any]:
+    assert plot is not None
+    return plot
+
+
 def layered(values: list[list[float]], **fields: Any) -> LLMLayerAttributionResult:
     return LLMLayerAttributionResult(
         input_tokens=TOKENS,
@@ -110,6 +115,7 @@ def test_other_inputs_are_refused_and_the_message_says_where_they_differ(other, 
 
 
 def test_what_is_no_result_and_no_number_is_refused():
+    wrong: Any
     for wrong in ("2", None, [1.0]):
         with pytest.raises(TypeError):
             ONE + wrong
@@ -124,7 +130,7 @@ def test_a_mean_has_the_standard_deviation_as_its_spread():
     np.testing.assert_allclose(mean.spread, values.std(0, ddof=1), rtol=1e-6)
     assert LLMAttributionResult.from_json(mean.to_json()) == mean
     assert LLMAttributionResult.mean([ONE]).spread is None
-    __, ax = mean.plot_seq_attr()
+    _, ax = drawn(mean.plot_seq_attr())
     assert len(ax.containers) == 2  # bars, and the intervals at them
     assert mean.merge("word").spread is None
     with pytest.raises(ValueError, match="at least one result"):
@@ -210,7 +216,7 @@ def test_an_interval_covers_the_mean_of_normal_draws():
 
 
 def test_groups_are_plotted_with_their_intervals():
-    _, ax = aggregate([ONE, OTHER]).plot(title="two", top=2)
+    _, ax = drawn(aggregate([ONE, OTHER]).plot(title="two", top=2))
     assert ax.get_title() == "two"
     assert len(ax.patches) == 2
     assert ax.get_legend() is None
@@ -229,7 +235,7 @@ def test_results_are_compared_on_one_scale():
     both = compare({"one": ONE, "other": OTHER}, difference=True)
     assert list(both.results) == ["one", "other", "one − other"]
     assert both.table().rows[1] == ("cat", -2.0, 1.0, -3.0)
-    __, ax = both.plot(title="side by side", top=2)
+    _, ax = drawn(both.plot(title="side by side", top=2))
     np.testing.assert_array_equal(ax.images[0].get_array(), [[1, 5], [3, 1], [-2, 4]])
     assert ax.images[0].norm.vmax == 5.0
     page = both.to_html()
@@ -271,7 +277,7 @@ def test_every_plot_takes_a_size_a_title_the_largest_features_and_says_its_origi
 
 def test_sixty_bars_fit_on_a_page_with_every_label():
     tokens = [f"Ġw{i}" for i in range(60)]
-    figure, ax = result([float(i) for i in range(60)], tokens).plot_seq_attr()
+    figure, ax = drawn(result([float(i) for i in range(60)], tokens).plot_seq_attr())
     assert figure.get_size_inches()[0] <= 7.5
     figure.canvas.draw()
     boxes = [label.get_window_extent() for label in ax.get_xticklabels()]
