@@ -346,11 +346,11 @@ def test_a_finished_file_is_read_as_results_and_errors(tmp_path, ending):
     if ending == "parquet":
         pytest.importorskip("pyarrow")
     out = tmp_path / f"results.{ending}"
-    run([{"prompt": "Palm", "target": " golf", "id": "a"}, {"prompt": ""}], out)
+    run([{"prompt": "Palm", "target": " golf", "id": "a"}, {"prompt": ""}], out, method="saliency")
     one, other = read_batch(out)
     assert (one.line, one.id, one.is_error, one.error_type) == (1, "a", False, None)
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
-    assert one.result == explain(model, tokenizer, "Palm", " golf")
+    assert one.result == explain(model, tokenizer, "Palm", " golf", "saliency")
     assert one.result.provenance.method == "saliency"
     assert one.result.provenance.seconds is None
     assert (other.line, other.result, other.error_type) == (2, None, "ValueError")
