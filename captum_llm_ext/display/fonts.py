@@ -35,7 +35,7 @@ def drawable(texts: Sequence[str], families: Sequence[str]) -> list[str]:
     if seen := "".join(sorted(missing - _IGNORED)):
         for font, characters in _suggestions(seen).items():
             _say_once(font, characters)
-    numbers = {
+    numbers: dict[str, str | int | None] = {
         character: "" if character in _IGNORED else character.encode("unicode_escape").decode()
         for character in missing
     }

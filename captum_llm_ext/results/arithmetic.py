@@ -219,7 +219,7 @@ def _common(known: Sequence[Provenance | None], sign: str) -> Provenance | None:
     }
     evaluations = [one.evaluations for one in listed if one.evaluations is not None]
     seconds = [one.seconds for one in listed if one.seconds is not None]
-    empty = {name: {} for name in ("options", "versions") if same[name] is None}
+    empty: dict[str, Any] = {name: {} for name in ("options", "versions") if same[name] is None}
     return replace(
         Provenance(**{**same, **empty}),  # type: ignore[arg-type]
         **joined,  # type: ignore[arg-type]

@@ -43,6 +43,10 @@ def drawn(plot: tuple[Any, Any] | None) -> tuple[Any, Any]:
     return plot
 
 
+def times(factor: float, result: Any) -> Any:
+    return factor * result
+
+
 def layered(values: list[list[float]], **fields: Any) -> LLMLayerAttributionResult:
     return LLMLayerAttributionResult(
         input_tokens=TOKENS,
@@ -59,7 +63,7 @@ ONE, OTHER = result([1.0, -2.0, 5.0]), result([3.0, 1.0, 1.0])
 def test_sums_differences_and_multiples_are_those_of_every_value():
     assert (ONE + OTHER).seq_attr.tolist() == [4.0, -1.0, 6.0]
     assert (ONE - OTHER).token_attr.tolist() == [[-1.0, -1.5, 2.0]] * 2
-    assert (ONE * 2).seq_attr.tolist() == (2 * ONE).seq_attr.tolist() == [2.0, -4.0, 10.0]
+    assert (ONE * 2).seq_attr.tolist() == times(2, ONE).seq_attr.tolist() == [2.0, -4.0, 10.0]
     assert 1 * ONE == ONE
     assert (ONE - OTHER) + OTHER == ONE
 
@@ -71,7 +75,7 @@ def test_a_sum_keeps_what_both_have_and_is_no_norm():
     assert difference.norm is None
     assert difference.output_probs.tolist() == [-1.0, -2.0]
     assert difference.convergence_delta.tolist() == [0.0, 0.0]
-    assert (2 * one).norm == "l2"
+    assert times(2, one).norm == "l2"
 
 
 @pytest.mark.parametrize("mode", ["independent", "joint"])
@@ -140,7 +144,7 @@ def test_a_mean_has_the_standard_deviation_as_its_spread():
 def test_normalised_magnitudes_sum_to_one():
     assert ONE.normalise().seq_attr.tolist() == [0.125, -0.25, 0.625]
     torch.testing.assert_close(ONE.normalise().token_attr, ONE.token_attr / 8)
-    assert (0 * ONE).normalise() == 0 * ONE
+    assert times(0, ONE).normalise() == 0 * ONE
 
 
 def test_the_provenance_of_a_difference_names_both_methods():
