@@ -221,7 +221,7 @@ def _common(known: Sequence[Provenance | None], sign: str) -> Provenance | None:
     seconds = [one.seconds for one in listed if one.seconds is not None]
     empty: dict[str, Any] = {name: {} for name in ("options", "versions") if same[name] is None}
     return replace(
-        Provenance(**{**same, **empty}),  # type: ignore[arg-type]
+        Provenance(**{**same, **empty}),
         **joined,  # type: ignore[arg-type]
         evaluations=sum(evaluations) if evaluations else None,
         seconds=sum(seconds) if seconds else None,
