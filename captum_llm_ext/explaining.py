@@ -14,7 +14,7 @@ from captum_llm_ext.inputs.prompts import as_input
 from captum_llm_ext.model.adapter import QA
 from captum_llm_ext.model.signatures import keywords
 from captum_llm_ext.model.suitability import check_pair
-from captum_llm_ext.registry import METHODS, load, method_named
+from captum_llm_ext.registry import METHODS, did_you_mean, load, method_named
 from captum_llm_ext.results.layered import LLMLayerAttributionResult
 from captum_llm_ext.results.single import LLMAttributionResult
 from captum_llm_ext.scoring.tasks import task_of
@@ -108,8 +108,7 @@ def explain(
         wrapper, left = make_wrapper(model, tokenizer, name, layers, options)
         inp = as_input(prompt, tokenizer, context, task_of(model).name == QA)
         result: LLMAttributionResult = wrapper.attribute(inp, target=target, **left)
-        result.method = name
-        return result
+        return result  # it knows its method
 
     if method is not None:
         return run(method)
@@ -169,5 +168,6 @@ def check_options(
     if unknown := sorted(set(left) - names):
         back = {new: old for old, new in method_named(method).renamed.items()}
         listed = ", ".join(sorted(back.get(name, name) for name in names))
-        raise TypeError(f"{method} does not take {', '.join(unknown)}; it takes {listed}")
+        hint = did_you_mean(unknown[0], (back.get(name, name) for name in names))
+        raise TypeError(f"{method} does not take {', '.join(unknown)}; it takes {listed}{hint}")
     wrapper.check_options(left)

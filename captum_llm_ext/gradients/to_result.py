@@ -15,6 +15,7 @@ from captum_llm_ext.gradients.method import NORMS
 from captum_llm_ext.gradients.totals import LayerTotal
 from captum_llm_ext.model.layers import Site
 from captum_llm_ext.results.layered import LLMLayerAttributionResult
+from captum_llm_ext.results.provenance import Provenance
 from captum_llm_ext.results.single import LLMAttributionResult
 from captum_llm_ext.warning import warn
 
@@ -29,6 +30,7 @@ def to_result(
     output_tokens: list[str],
     output_labels: list[str] | None,
     inp: InterpretableInput,
+    provenance: Provenance,
 ) -> LLMAttributionResult:
     """The result of one layer, or of several."""
     attributions = [_by_feature(total, keep_hidden) for total in totals.values()]
@@ -39,6 +41,7 @@ def to_result(
         "output_labels": output_labels,
         "norm": attributions[0].norm,
         "inp": inp,
+        "provenance": provenance,
     }
     if not several:
         one = attributions[0]

@@ -20,6 +20,7 @@ from captum_llm_ext.inputs.token_text import (
 )
 from captum_llm_ext.model.lock import holding
 from captum_llm_ext.model.signatures import takes
+from captum_llm_ext.registry import did_you_mean
 from captum_llm_ext.warning import warn
 
 GRADIENT_TARGETS = ("log_prob", "prob", "logit")
@@ -44,7 +45,8 @@ MODEL_INPUTS = (
 def check_attr_target(attr_target: str, supported: Sequence[str]) -> str:
     if attr_target not in supported:
         names = ", ".join(supported)
-        raise ValueError(f"attr_target must be one of {names}; got {attr_target!r}")
+        hint = did_you_mean(attr_target, supported)
+        raise ValueError(f"attr_target must be one of {names}; got {attr_target!r}{hint}")
     return attr_target
 
 
