@@ -77,6 +77,7 @@ bench: $(STAMP)
 	$(BIN)/python -m tests.benchmarks.flow
 	@echo "== one call against loops by hand"
 	$(BIN)/python -m tests.benchmarks.loops
+	$(BIN)/python -m tests.benchmarks.relevance
 	@echo "== 4, 8 and 16 bits against float32"
 	$(BIN)/python -m tests.benchmarks.quantization
 

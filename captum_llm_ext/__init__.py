@@ -25,8 +25,10 @@ if TYPE_CHECKING:
     )
 
     from captum_llm_ext.attention.wrapper import LLMAttentionAttribution
+    from captum_llm_ext.batches.reading import BatchRecord, read_batch
     from captum_llm_ext.batches.run import BatchReport, batch
     from captum_llm_ext.explaining import explain
+    from captum_llm_ext.gradients.relevance import LayerRelevance
     from captum_llm_ext.gradients.saliency import LayerSaliency
     from captum_llm_ext.gradients.wrapper import LLMGradientAttribution
     from captum_llm_ext.inputs.chats import chat_input
@@ -40,8 +42,11 @@ if TYPE_CHECKING:
     from captum_llm_ext.model.loading import load_demo_model, load_model
     from captum_llm_ext.perturbations.two_stage import TwoStageAblation
     from captum_llm_ext.perturbations.wrapper import LLMAttribution
+    from captum_llm_ext.results.aggregation import Aggregate, aggregate
     from captum_llm_ext.results.attention import LLMAttentionAttributionResult
+    from captum_llm_ext.results.comparing import Comparison, compare
     from captum_llm_ext.results.layered import LLMLayerAttributionResult
+    from captum_llm_ext.results.provenance import Provenance
     from captum_llm_ext.results.single import LLMAttributionResult
 
 _MODULES = {
@@ -59,8 +64,10 @@ _MODULES = {
         "ShapleyValues",
     ),
     "captum_llm_ext.attention.wrapper": ("LLMAttentionAttribution",),
+    "captum_llm_ext.batches.reading": ("BatchRecord", "read_batch"),
     "captum_llm_ext.batches.run": ("BatchReport", "batch"),
     "captum_llm_ext.explaining": ("explain",),
+    "captum_llm_ext.gradients.relevance": ("LayerRelevance",),
     "captum_llm_ext.gradients.saliency": ("LayerSaliency",),
     "captum_llm_ext.gradients.wrapper": ("LLMGradientAttribution",),
     "captum_llm_ext.inputs.chats": ("chat_input",),
@@ -74,14 +81,20 @@ _MODULES = {
     "captum_llm_ext.model.loading": ("load_demo_model", "load_model"),
     "captum_llm_ext.perturbations.two_stage": ("TwoStageAblation",),
     "captum_llm_ext.perturbations.wrapper": ("LLMAttribution",),
+    "captum_llm_ext.results.aggregation": ("Aggregate", "aggregate"),
     "captum_llm_ext.results.attention": ("LLMAttentionAttributionResult",),
+    "captum_llm_ext.results.comparing": ("Comparison", "compare"),
     "captum_llm_ext.results.layered": ("LLMLayerAttributionResult",),
+    "captum_llm_ext.results.provenance": ("Provenance",),
     "captum_llm_ext.results.single": ("LLMAttributionResult",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
+    "Aggregate",
+    "BatchRecord",
     "BatchReport",
+    "Comparison",
     "FeatureAblation",
     "KernelShap",
     "LLMAttentionAttribution",
@@ -94,17 +107,21 @@ __all__ = [
     "LayerGradientShap",
     "LayerGradientXActivation",
     "LayerIntegratedGradients",
+    "LayerRelevance",
     "LayerSaliency",
     "Lime",
     "ProductBaselines",
+    "Provenance",
     "RemoteLLMAttribution",
     "ShapleyValueSampling",
     "ShapleyValues",
     "TextTemplateInput",
     "TextTokenInput",
     "TwoStageAblation",
+    "aggregate",
     "batch",
     "chat_input",
+    "compare",
     "compare_methods",
     "explain",
     "faithfulness",
@@ -112,6 +129,7 @@ __all__ = [
     "load_demo_model",
     "load_model",
     "qa_input",
+    "read_batch",
     "segment_input",
 ]
 

@@ -6,13 +6,13 @@ follow it, and so may a method that needs a cheap guide.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from torch import nn
 
 from captum_llm_ext.model.adapter import CAUSAL
+from captum_llm_ext.model.signatures import keywords
 from captum_llm_ext.model.suitability import UnreadableAttentionError
 from captum_llm_ext.registry import AUTOMATIC, load, method_named
 from captum_llm_ext.scoring.tasks import task_of
@@ -55,8 +55,7 @@ def first_that_reads(methods: Sequence[str], run: Callable[[str], _T]) -> _T:
 def _options_of_all() -> set[str]:
     """The options of `attribute` that every method of the table takes."""
     wrappers = [load(method_named(name).wrapped_by.path) for name in AUTOMATIC]
-    parameters = [set(inspect.signature(wrapper.attribute).parameters) for wrapper in wrappers]
-    return set.intersection(*parameters)
+    return set.intersection(*(keywords(wrapper.attribute) for wrapper in wrappers))
 
 
 def _serves(name: str, model: nn.Module) -> bool:

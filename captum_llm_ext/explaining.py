@@ -14,7 +14,7 @@ from captum_llm_ext.inputs.prompts import as_input
 from captum_llm_ext.model.adapter import QA
 from captum_llm_ext.model.signatures import keywords
 from captum_llm_ext.model.suitability import check_pair
-from captum_llm_ext.registry import METHODS, load, method_named
+from captum_llm_ext.registry import METHODS, did_you_mean, load, method_named
 from captum_llm_ext.results.layered import LLMLayerAttributionResult
 from captum_llm_ext.results.single import LLMAttributionResult
 from captum_llm_ext.scoring.tasks import task_of
@@ -58,8 +58,9 @@ def explain(
         target: the continuation to attribute, a string or token ids of shape (n_output,).
             Default: what the model generates.
         method: with gradients, "saliency" (L1 norm of the gradient), "ig" (integrated
-            gradients), "gradxact" (gradient x activation), "gradshap" (gradient SHAP) or
-            "conductance" (of layers, along the path of the embeddings); by perturbation,
+            gradients), "gradxact" (gradient x activation), "gradshap" (gradient SHAP),
+            "conductance" (of layers, along the path of the embeddings) or "relevance" (layer-wise
+            relevance, see `LayerRelevance` for what its authors say of patents); by perturbation,
             "ablation", "two_stage" (ablation in two contexts), "shapley", "shapley_sampling",
             "lime" or "kernelshap"; by attention, "attention" (the weights, with `heads` and
             `reduction`), "flow" (information flow) or "flow_rollout": any row of
@@ -75,10 +76,10 @@ def explain(
         context: the text that holds the answer, for a question answering model, whose prompt is
             the question.
         **kwargs: `attr_target` ("log_prob", the default, "prob" or "logit"; by perturbation "rank"
-            too) and, for "saliency", `norm` ("l1", the default, "l2" or "linf"). All others go to
-            ``attribute`` of `LLMGradientAttribution`, `LLMAttribution` or
-            `LLMAttentionAttribution`, for example ``n_steps=100``, ``n_samples=50`` or
-            ``gen_args={"max_new_tokens": 10}``.
+            too); for "saliency", `norm` ("l1", the default, "l2" or "linf"); for "relevance",
+            `rules` ("cp", the default, or "attnlrp"). All others go to ``attribute`` of
+            `LLMGradientAttribution`, `LLMAttribution` or `LLMAttentionAttribution`, for example
+            ``n_steps=100``, ``n_samples=50`` or ``gen_args={"max_new_tokens": 10}``.
 
     Returns:
         A result with ``seq_attr`` (n_input,) and ``token_attr`` (n_output, n_input): in units of
@@ -107,8 +108,7 @@ def explain(
         wrapper, left = make_wrapper(model, tokenizer, name, layers, options)
         inp = as_input(prompt, tokenizer, context, task_of(model).name == QA)
         result: LLMAttributionResult = wrapper.attribute(inp, target=target, **left)
-        result.method = name
-        return result
+        return result  # it knows its method
 
     if method is not None:
         return run(method)
@@ -168,5 +168,6 @@ def check_options(
     if unknown := sorted(set(left) - names):
         back = {new: old for old, new in method_named(method).renamed.items()}
         listed = ", ".join(sorted(back.get(name, name) for name in names))
-        raise TypeError(f"{method} does not take {', '.join(unknown)}; it takes {listed}")
+        hint = did_you_mean(unknown[0], (back.get(name, name) for name in names))
+        raise TypeError(f"{method} does not take {', '.join(unknown)}; it takes {listed}{hint}")
     wrapper.check_options(left)

@@ -7,8 +7,9 @@ methods at once. A new method is one class in its folder and one row here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
 
@@ -111,6 +112,13 @@ METHODS: dict[str, Method] = {
         "captum_llm_ext.gradients.conductance:Conductance",
         renamed=_PATH_OPTIONS,
     ),
+    "relevance": Method(
+        "captum_llm_ext.gradients.relevance:LayerRelevance",
+        GRADIENT,
+        "layer-wise relevance, with attention weights constant or by AttnLRP's rules",
+        settings=("rules",),
+        takes_baselines=False,
+    ),
     "ablation": Method(
         "captum.attr:FeatureAblation",
         PERTURBATION,
@@ -172,8 +180,20 @@ CHOICES: dict[str, tuple[str, ...]] = {
     ),
     "quantization": ("nf4", "int8"),
     "reduction": ("mean", "max", "rollout", "value_norm", "flow", "flow_rollout"),
+    "rules": ("cp", "attnlrp"),
     "task": ("causal", "seq2seq", "qa"),
 }
+
+
+def did_you_mean(got: object, names: Iterable[object]) -> str:
+    """ "; did you mean 'x'?" where one of the names is close to what came, else "".
+
+    >>> did_you_mean("ablatoin", METHODS)
+    "; did you mean 'ablation'?"
+    """
+    known = {str(name).lower(): str(name) for name in names}
+    close = get_close_matches(str(got).lower(), known, n=1, cutoff=0.6)
+    return f"; did you mean {known[close[0]]!r}?" if close else ""
 
 
 def method_named(name: str) -> Method:
@@ -183,7 +203,10 @@ def method_named(name: str) -> Method:
         ValueError: no method has this name; the message lists them.
     """
     if name not in METHODS:
-        raise ValueError(f"expected method to be one of {', '.join(METHODS)}; got {name!r}")
+        raise ValueError(
+            f"expected method to be one of {', '.join(METHODS)}; got {name!r}"
+            + did_you_mean(name, METHODS)
+        )
     return METHODS[name]
 
 

@@ -5,6 +5,7 @@ From the demo model, on one thread; without names all of them. "html" needs play
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from collections.abc import Callable
@@ -14,12 +15,18 @@ from typing import Any
 import matplotlib
 import matplotlib.pyplot as plt
 import torch
+from matplotlib.transforms import Bbox
 
 from captum_llm_ext import chat_input, explain, load_demo_model, segment_input
 
 IMAGES = Path(__file__).parent / "images"
 PROMPT, TARGET = "The capital of France is", " Paris"
 QUESTION = "Anna sells bread. The train is late. Where does Anna work?"
+REFEREE = Path(__file__).parents[1] / "tests/benchmarks/results/faithfulness_smollm2_held-out.json"
+KINDS = {"gradient": "tab:blue", "perturbation": "tab:orange", "attention": "tab:green"}
+PLACES = [(8, 0), (-8, 0), (0, 12), (0, -12), (8, 10), (-8, 10), (8, -10), (-8, -10)]
+PLACES += [(x, y) for y in (22, -22, 34, -34, 46, -46) for x in (14, -14)]
+LEADER = {"arrowstyle": "-", "color": "gray", "linewidth": 0.6}
 BLOCKS = ["model.layers.[0-9]", "model.layers.[0-9][0-9]"]
 
 
@@ -67,6 +74,62 @@ def staircase(model: Any, tokenizer: Any) -> None:
     _save((figure, axes), "staircase")
 
 
+def which_method(model: Any, tokenizer: Any) -> None:
+    """Cost and faithfulness of each method, from the referee's summary."""
+    summary = json.loads(REFEREE.read_text())
+    judges = [judge["methods"] for judge in summary["judged by"].values()]
+    figure, axes = plt.subplots(figsize=(9, 5.5))
+    axes.set_xscale("log")
+    names = [name for name in summary["methods"] if all(name in judge for judge in judges)]
+    points = {}
+    for name in names:
+        cost = summary["methods"][name]
+        areas = [judge[name][area][0] for judge in judges for area in ("deletion", "insertion")]
+        points[name] = (cost["cpu_s"], sum(areas) / len(areas))
+        axes.scatter(*points[name], s=45, color=KINDS[cost["kind"]], zorder=3)
+    for kind, color in KINDS.items():
+        axes.scatter([], [], s=45, color=color, label=kind)
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.margins(x=0.12, y=0.1)
+    axes.grid(alpha=0.25, which="major")
+    axes.set_xticks([0.5, 1, 2, 5, 10, 20], ["0.5", "1", "2", "5", "10", "20"])
+    axes.minorticks_off()
+    axes.set_xlabel("CPU seconds per prompt")
+    axes.set_ylabel("faithfulness: nats over random order")
+    axes.legend(frameon=False, loc="upper right")
+    axes.spines[["top", "right"]].set_visible(False)
+    _name_points(axes, points)
+    _save((figure, axes), "which_method")
+
+
+def _name_points(axes: Any, points: dict[str, tuple[float, float]]) -> None:
+    """A name beside each point, at the first place that no other name or point has."""
+    figure = axes.figure
+    figure.canvas.draw()
+    at = {name: axes.transData.transform(point) for name, point in points.items()}
+    taken = [Bbox.from_bounds(x - 6, y - 6, 12, 12) for x, y in at.values()]
+    taken.append(axes.get_legend().get_window_extent())
+    for name in sorted(points, key=lambda name: -points[name][1]):
+        for x, y in PLACES:
+            align = "left" if x > 0 else "right" if x < 0 else "center"
+            text = axes.annotate(
+                name, points[name], (x, y), textcoords="offset points", ha=align, va="center"
+            )
+            text.set_fontsize(9)
+            box = text.get_window_extent()
+            inside = axes.bbox.x0 < box.x0 and box.x1 < axes.bbox.x1
+            if inside and not any(box.overlaps(other) for other in taken):
+                break
+            text.remove()
+        else:
+            raise ValueError(f"no place is left for the name {name!r}: make the figure larger")
+        if abs(y) > 14:
+            axes.annotate(
+                "", points[name], (x, y), textcoords="offset points", arrowprops=LEADER, zorder=1
+            )
+        taken.append(box)
+
+
 def html(model: Any, tokenizer: Any) -> None:
     """The page of a result, with the output token "golf" clicked on."""
     from playwright.sync_api import sync_playwright
@@ -91,7 +154,8 @@ def _save(drawn: Any, name: str) -> None:
 
 
 FIGURES: dict[str, Callable[[Any, Any], None]] = {
-    figure.__name__: figure for figure in (bakery, capital, layers, path, words, staircase, html)
+    figure.__name__: figure
+    for figure in (bakery, capital, layers, path, words, staircase, which_method, html)
 }
 
 

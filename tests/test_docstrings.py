@@ -21,9 +21,14 @@ OURS = {
 CLASSES = {name: kind for name, kind in OURS.items() if inspect.isclass(kind)}
 # Inputs, layers and models: no method of a paper, and no tensor goes in or out.
 NO_METHODS = {
+    "Comparison",
+    "aggregate",
+    "compare",
+    "BatchRecord",
     "BatchReport",
     "TextTemplateInput",
     "TextTokenInput",
+    "Provenance",
     "batch",
     "chat_input",
     "compare_methods",
@@ -31,11 +36,12 @@ NO_METHODS = {
     "load_demo_model",
     "load_model",
     "qa_input",
+    "read_batch",
     "segment_input",
 }
 # Their models would have to be somewhere; docs/tasks/large_models.md runs the first.
 NOT_RUN = {"load_model", "qa_input"}
-RESULTS = {name for name in CLASSES if name.endswith("Result")}
+RESULTS = {name for name in CLASSES if name.endswith("Result")} | {"Aggregate"}
 
 METHODS = {
     f"{name}.{method}": value

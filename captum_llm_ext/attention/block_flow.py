@@ -61,9 +61,10 @@ class BlockRun:
         heads = self._heads()
         mixed = heads.mixed.flatten(1)
         first = mixed.data_ptr()  # the projection is mostly fed the same memory
-        for module, inputs, outputs in sorted(
-            self.modules, key=lambda run: run[1].data_ptr() != first
-        ):
+        # A layer that wraps the projection, as LoRA's, ends after it and adds to what it gives.
+        outer_first = list(reversed(self.modules))
+        outer_first.sort(key=lambda run: run[1].data_ptr() != first)
+        for module, inputs, outputs in outer_first:
             if inputs.shape == (1, *mixed.shape) and agree(inputs[0], mixed, inputs.dtype):
                 matrix = linear_map(module, inputs, outputs)
                 if matrix is not None:

@@ -107,8 +107,8 @@ def read_attention(
             scored = reading.by_weights()
             check_eager(forcing, scored)
     check_finite(scored)
-    selection.check(forcing.model, reading.modules)
     reading.check_every_attention()
+    selection.check(forcing.model, reading.modules)
     check_same_heads(reading.layers)
     return reading.layers, scored.token_scores()[0]
 
@@ -193,6 +193,7 @@ class _Reading:
         weights = heads.weights(self.rows)
         if weights is None:
             raise _NotExplainedError
+        _check_length(type(self.forcing.model).__name__, name, weights, self.forcing.row.length)
         _check_causal(type(self.forcing.model).__name__, name, weights, self.rows)
         self.layers.append(self._layer(name, run, heads, weights))
 
@@ -253,6 +254,15 @@ def check_eager(forcing: TeacherForcing, scored: Pass) -> None:
 
 class _NotExplainedError(Exception):
     """The weights that were computed anew do not explain what the kernel returned."""
+
+
+def _check_length(model: str, name: str, weights: Tensor, length: int) -> None:
+    if weights.size(-1) != length:
+        raise ValueError(
+            f"{model} feeds {name} {weights.size(-1)} tokens, and prompt and target have {length}: "
+            "it adds tokens of its own, as prompt tuning does, and their attention is not told "
+            "from the prompt's; use a gradient or perturbation method"
+        )
 
 
 def _check_causal(model: str, name: str, weights: Tensor, rows: Tensor) -> None:

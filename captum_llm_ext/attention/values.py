@@ -8,6 +8,7 @@ values come from the key/value cache, where every family keeps them, whichever p
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -57,6 +58,8 @@ def linear_map(module: nn.Module, inputs: Tensor, outputs: Tensor) -> Tensor | N
         for matrix in (weight.detach().float().T, weight.detach().float()):
             if _explains(matrix, inputs[0], outputs[0]):
                 return matrix
+    if not _takes_one(module):
+        return None
     unit = torch.eye(inputs.size(-1), dtype=inputs.dtype, device=inputs.device)
     # `forward` and not the module itself, so that its hooks do not run.
     zero, images = module.forward(torch.cat([torch.zeros_like(unit[:1]), unit])[None])[0].split(
@@ -64,6 +67,15 @@ def linear_map(module: nn.Module, inputs: Tensor, outputs: Tensor) -> Tensor | N
     )
     matrix = (images - zero).float()
     return matrix if _explains(matrix, inputs[0], outputs[0]) else None
+
+
+def _takes_one(module: nn.Module) -> bool:
+    """Whether the module runs on one tensor alone."""
+    try:
+        inspect.signature(module.forward).bind(None)
+    except TypeError:
+        return False
+    return True
 
 
 def _explains(matrix: Tensor, inputs: Tensor, outputs: Tensor) -> bool:

@@ -32,7 +32,10 @@ from captum_llm_ext.model.layers import (
 )
 from captum_llm_ext.model.lock import one_call_at_a_time
 from captum_llm_ext.model.suitability import UnreadableAttentionError, check_pair
+from captum_llm_ext.registry import did_you_mean
 from captum_llm_ext.results.attention import LLMAttentionAttributionResult
+from captum_llm_ext.results.provenance import Provenance
+from captum_llm_ext.results.recording import recorded
 from captum_llm_ext.scoring.checks import warn_of_dropout
 from captum_llm_ext.scoring.positions import Positions
 from captum_llm_ext.scoring.preparation import Prepared, prepare
@@ -96,7 +99,10 @@ class LLMAttentionAttribution(BaseLLMAttribution):
         reduction: str = "mean",
     ) -> None:
         if reduction not in REDUCTIONS:
-            raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}")
+            raise ValueError(
+                f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}"
+                + did_you_mean(reduction, REDUCTIONS)
+            )
         check_pair(model, tokenizer)
         _check_attention(model)
         super().__init__(Attribution(model), tokenizer)
@@ -105,7 +111,14 @@ class LLMAttentionAttribution(BaseLLMAttribution):
         self._layers = _modules_in(model, layers)
         self._heads = _checked_heads(heads)
 
+    def record_settings(self) -> dict[str, Any]:
+        """The layers, heads and reduction, for the provenance of results."""
+        layers = None if self._layers is None else [name.strip("'") for name in self._layers]
+        settings = {"layers": layers, "heads": self._heads, "reduction": self.reduction}
+        return {name: value for name, value in settings.items() if value is not None}
+
     @one_call_at_a_time
+    @recorded
     def attribute(
         self,
         inp: InterpretableInput,
@@ -236,6 +249,7 @@ class LLMAttentionAttribution(BaseLLMAttribution):
             prompt_tokens=list(names) if prompts else None,
             output_probs=log_probs,
             inp=inp,
+            provenance=Provenance(target_ids=prepared.forcing.target.ids.tolist(), evaluations=1),
         )
 
 

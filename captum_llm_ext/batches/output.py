@@ -14,6 +14,7 @@ from captum_llm_ext.batches.journal import Record, StoredRecord
 from captum_llm_ext.batches.lines import readable
 from captum_llm_ext.results import LLMAttributionResult, LLMLayerAttributionResult
 
+WORK_SUFFIX = ".batch"  # of the folder beside the file, until it is written
 ROWS_PER_GROUP = 256
 
 

@@ -7,7 +7,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -85,6 +85,8 @@ class Explainer:
             self.layers,
             **options,
         )
+        if result.provenance is not None:  # the file is the same whenever it was stopped
+            result.provenance = replace(result.provenance, seconds=None)
         return result.to_json()
 
 

@@ -22,7 +22,7 @@ from captum_llm_ext.batches.journal import (
     journal_path,
 )
 from captum_llm_ext.batches.lines import Line, number_of_tokens, read_lines
-from captum_llm_ext.batches.output import output_format, write_output
+from captum_llm_ext.batches.output import WORK_SUFFIX, output_format, write_output
 from captum_llm_ext.batches.processes import Process, this_process
 from captum_llm_ext.batches.records import Explainer, Warner
 from captum_llm_ext.batches.settings import batch_settings, check_settings, write_whole
@@ -31,7 +31,6 @@ from captum_llm_ext.choosing import automatic_methods
 from captum_llm_ext.explaining import Layers, check_options
 from captum_llm_ext.model.lock import holding
 
-WORK_SUFFIX = ".batch"
 SETTINGS, REPORT, LOCK = "settings.json", "report.json", "lock"
 
 

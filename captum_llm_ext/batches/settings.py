@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,11 +14,9 @@ from torch import Tensor, nn
 from captum_llm_ext._version import __version__
 from captum_llm_ext.batches.lines import Line, shortened
 from captum_llm_ext.model.compiled import original, original_name
-from captum_llm_ext.model.layers import named_layers
+from captum_llm_ext.results.recording import WITHOUT_EFFECT, as_json, digest
 
 VALUES_PER_WEIGHT = 8
-# These options change how the work is done, and not its results.
-WITHOUT_EFFECT = ("internal_batch_size", "perturbations_per_eval", "show_progress", "check")
 
 
 def batch_settings(
@@ -28,11 +25,11 @@ def batch_settings(
     """Everything that the results depend on, as JSON writes it; large things as digests."""
     return {
         "captum_llm_ext": __version__,
-        "model": _digest(_weights(model)),
-        "tokenizer": _digest(_tokenizer(tokenizer)),
-        "prompts": _digest(part for line in lines for part in (str(line.number), line.text)),
+        "model": digest(_weights(model)),
+        "tokenizer": digest(_tokenizer(tokenizer)),
+        "prompts": digest(part for line in lines for part in (str(line.number), line.text)),
         **{
-            name: _as_json(value, model)
+            name: as_json(value, model)
             for name, value in request.items()
             if name not in WITHOUT_EFFECT
         },
@@ -79,14 +76,6 @@ def write_whole(path: Path, content: bytes) -> None:
     os.replace(part, path)
 
 
-def _digest(parts: Iterable[str | bytes]) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        content = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part
-        digest.update(len(content).to_bytes(8, "big") + content)
-    return digest.hexdigest()[:16]
-
-
 def _weights(model: nn.Module) -> Iterable[str]:
     """The name and a few values of every weight, which tell models of one architecture apart."""
     yield type(original(model)).__name__
@@ -109,16 +98,3 @@ def _tokenizer(tokenizer: Any) -> Iterable[str]:
     yield type(tokenizer).__name__
     yield repr(sorted(get_vocab().items()))
     yield str(getattr(tokenizer, "chat_template", None))
-
-
-def _as_json(value: Any, model: nn.Module) -> Any:
-    """A value as JSON can write it: a module as its name, a tensor as a digest."""
-    if isinstance(value, nn.Module):
-        return next((name for name, part in named_layers(model) if part is value), repr(value))
-    if isinstance(value, Tensor):
-        return {"tensor": _digest([repr(value.detach().cpu().tolist())])}
-    if isinstance(value, Mapping):
-        return {str(key): _as_json(item, model) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_as_json(item, model) for item in value]
-    return value if isinstance(value, str | int | float | None) else repr(value)

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from argparse import SUPPRESS, ArgumentTypeError, BooleanOptionalAction
 from contextlib import suppress
 from functools import partial
 from typing import Any, NoReturn
 
-from captum_llm_ext.registry import AUTOMATIC, CHOICES, METHODS
+from captum_llm_ext.registry import AUTOMATIC, CHOICES, METHODS, did_you_mean
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -27,7 +28,17 @@ class Parser(argparse.ArgumentParser):
         super().__init__(argument_default=SUPPRESS, formatter_class=formatter, **settings)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"captum-llm-ext: error: {message}\n")
+        self.exit(2, f"captum-llm-ext: error: {message}{self._hint(message)}\n")
+
+    def _hint(self, message: str) -> str:
+        """The flag or value that is close to the one that the parser did not take."""
+        if found := re.search(r"unrecognized arguments: .*?(--[\w-]+)", message):
+            return did_you_mean(found[1], (o for a in self._actions for o in a.option_strings))
+        if found := re.search(r"argument (\S+): invalid choice: '(.*?)'", message):
+            flags = found[1].split("/")
+            values = (a.choices or () for a in self._actions if flags[0] in a.option_strings)
+            return did_you_mean(found[2], (value for choices in values for value in choices))
+        return ""
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -135,6 +146,7 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
         help="the score that is attributed (default: log_prob)",
     )
     add("--norm", choices=CHOICES["norm"], help="norm that saliency takes (default: l1)")
+    add("--rules", choices=CHOICES["rules"], help="rules that relevance takes (default: cp)")
     add(
         "--heads",
         nargs="+",

@@ -15,10 +15,11 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
-from captum_llm_ext.cli import many, one
+from captum_llm_ext.cli import layers, many, methods, one
 
 USER_ERRORS = (ValueError, TypeError, OSError, ImportError)
-COMMANDS: dict[str, ModuleType] = {"batch": many}  # any other first argument is a prompt
+# Any other first argument is a prompt.
+COMMANDS: dict[str, ModuleType] = {"batch": many, "layers": layers, "methods": methods}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

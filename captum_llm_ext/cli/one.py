@@ -32,6 +32,9 @@ examples:
   captum-llm-ext "Who plays golf?" --context "Dave plays golf." --model path/to/qa-model
 many prompts (captum-llm-ext batch --help):
   captum-llm-ext batch prompts.jsonl --out results.jsonl
+what there is:
+  captum-llm-ext methods
+  captum-llm-ext layers path/to/model
 """
 
 

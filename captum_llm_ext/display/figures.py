@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from captum_llm_ext.display.fonts import drawable, fonts_for
 from captum_llm_ext.display.scale import ColorScale
 
 if TYPE_CHECKING:
@@ -17,36 +17,21 @@ LARGEST = 70.0  # inches: 7,000 pixels at 100 dots per inch
 TEXT_HEIGHT = 0.13  # inches per line of a label
 TEXT_WIDTH = 0.075  # inches per character of a label
 LABEL_SIZE = 8.0  # points
-_MORE_FONTS = (
-    "DejaVu Sans",  # has signs that DejaVu Sans Mono lacks
-    "Noto Sans CJK SC",
-    "Noto Sans CJK JP",
-    "PingFang SC",
-    "Microsoft YaHei",
-    "Noto Sans Arabic",
-    "Noto Sans Devanagari",
-    "Noto Emoji",
-    "Segoe UI Emoji",
-)
 
 
-@lru_cache(maxsize=1)
-def _installed_fonts() -> tuple[str, ...]:
-    from matplotlib.font_manager import fontManager
-
-    installed = {font.name for font in fontManager.ttflist}
-    return tuple(name for name in _MORE_FONTS if name in installed)
-
-
-def label_style(monospace: bool = False) -> dict[str, Any]:
-    """Text properties for tokens: no mathematics, and a font for each script where one exists."""
+def families(monospace: bool = False) -> list[str]:
+    """The fonts that the user chose, or monospaced ones."""
     from matplotlib import rcParams
 
-    families = ["monospace"] if monospace else list(rcParams["font.family"])
+    return ["monospace"] if monospace else list(rcParams["font.family"])
+
+
+def label_style(texts: Sequence[str] = (), monospace: bool = False) -> dict[str, Any]:
+    """Text properties for labels: no mathematics, and fonts that have their characters."""
     return {
         "parse_math": False,
         "usetex": False,
-        "fontfamily": [*families, *_installed_fonts()],
+        "fontfamily": fonts_for(texts, families(monospace)),
     }
 
 
@@ -59,6 +44,43 @@ def open_figure(ax: Axes | None, width: float, height: float) -> tuple[Figure, A
     size = (min(width, LARGEST), min(height, LARGEST))
     figure, axes = plt.subplots(figsize=size, layout="constrained", facecolor="white")
     return figure, axes
+
+
+def sized_axes(ax: Axes | None, figsize: tuple[float, float] | None) -> Axes | None:
+    """`ax`, or the axes of a new figure of `figsize` inches, or None where neither is given.
+
+    Raises:
+        ValueError: both are given.
+    """
+    if figsize is None:
+        return ax
+    if ax is not None:
+        raise ValueError("figsize is of a new figure, and ax belongs to one: give one of them")
+    return open_figure(None, *figsize)[1]
+
+
+def finished(
+    drawn: tuple[Figure, Axes], show: bool, title: str | None = None
+) -> tuple[Figure, Axes] | None:
+    """A plot with its title, returned, or shown and not returned."""
+    if title is not None:
+        (title,) = drawable([title], families())
+        drawn[1].set_title(title, fontsize=11.0, **label_style([title]))
+    if not show:
+        return drawn
+    import matplotlib.pyplot as plt
+
+    plt.show()
+    return None
+
+
+def say_below(figure: Figure, lines: Sequence[str]) -> None:
+    """Write small lines at the foot of a figure."""
+    inches = figure.get_size_inches()
+    size = min(6.5, 72 * inches[0] / (0.62 * max(map(len, lines), default=1)))
+    shown = drawable(lines, families())
+    style = label_style(shown) | {"fontsize": max(size, 3.0), "color": "#444444"}
+    figure.supxlabel("\n".join(shown), x=0.01, ha="left", **style)
 
 
 def axes_size(ax: Axes) -> tuple[float, float]:

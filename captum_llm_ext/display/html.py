@@ -62,6 +62,7 @@ def render_view(
     output_tokens: Sequence[str],
     views: Sequence[View],
     footers: Mapping[str, FloatArray],
+    foot: Sequence[str] = (),
 ) -> str:
     """A `div` for a page or a notebook, which may hold several of them.
 
@@ -71,9 +72,10 @@ def render_view(
         views: at least one; a slider chooses among several, such as layers.
         footers: name → a number for each output token, shape (n_output,), or for the sequence,
             shape (1,).
+        foot: lines below, where the attributions come from.
     """
     scale = views[0].scale
-    inputs = _inputs(input_tokens, views[0].seq_attr, scale)
+    inputs = shaded_spans(input_tokens, views[0].seq_attr, scale)
     outputs = _outputs(output_tokens, footers)
     views, note = _views_that_fit(views, _MOST_BYTES - len((inputs + outputs).encode()))
     return _fill(
@@ -88,6 +90,7 @@ def render_view(
         legend=_legend(scale),
         inputs=inputs,
         note=escape(note),
+        foot="<br>".join(escape(readable_text(line)) for line in foot),
     )
 
 
@@ -132,7 +135,8 @@ def _data(view: View) -> dict[str, object]:
     }
 
 
-def _inputs(tokens: Sequence[str], values: FloatArray, scale: ColorScale) -> str:
+def shaded_spans(tokens: Sequence[str], values: FloatArray, scale: ColorScale) -> str:
+    """A `span` for each token, on the colour of its value."""
     spans = []
     for text, value, color in zip(_texts(tokens), values, scale.colors(values), strict=True):
         negative = "negative" if value <= -_FAINTEST * scale.limit else ""

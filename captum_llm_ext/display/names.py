@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
-from captum_llm_ext.inputs.token_text import SPACE_MARK
+from captum_llm_ext.inputs.token_text import SPACE_MARK, readable_tokens
 
 
 def distinct_names(names: Sequence[str]) -> list[str]:
@@ -31,6 +31,16 @@ def mark_spaces(texts: Sequence[str]) -> list[str]:
     ['is', '␣is', ' the']
     """
     return _told_apart(texts, str.strip, _with_marks, texts)
+
+
+def clean_labels(tokens: Sequence[object]) -> list[str]:
+    """Readable texts of tokens, without outer spaces but where two tokens differ by these alone.
+
+    >>> clean_labels(["ĠFrance", "Ġis", "▁is", "is"])
+    ['France', ' is', ' is', 'is']
+    """
+    texts = readable_tokens(tokens)
+    return _told_apart(texts, str.strip, str, [text.strip() for text in texts])
 
 
 def shortened(texts: Sequence[str], limit: int) -> list[str]:

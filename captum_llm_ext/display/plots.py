@@ -16,10 +16,12 @@ from captum_llm_ext.display.figures import (
     TEXT_HEIGHT,
     add_color_bar,
     axes_size,
+    families,
     label_style,
     open_figure,
     widest,
 )
+from captum_llm_ext.display.fonts import drawable
 from captum_llm_ext.display.names import mark_spaces, shortened
 from captum_llm_ext.display.scale import ColorScale, FloatArray, text_color
 from captum_llm_ext.inputs.token_text import readable_tokens
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 
+_PAGE = 7.5  # inches: what a page of A4 or letter holds between its margins
 _NUMBERED_COLUMNS = 24  # most columns whose cells are wide enough for numbers
 _NUMBERED_ROWS = 40
 _COLUMNS_PER_BLOCK = 60  # further columns continue in a block below, as lines of text do
@@ -47,6 +50,7 @@ def draw_bars(
     label: str,
     ax: Axes | None = None,
     scale: ColorScale | None = None,
+    spread: FloatArray | None = None,
 ) -> tuple[Figure, Axes]:
     """Bar plot of one value per token, which stands at its bar.
 
@@ -58,10 +62,11 @@ def draw_bars(
         label: what the values are.
         ax: axes to draw into; None (default) for a new figure.
         scale: where a bar is broken; None (default) for `ColorScale.of(values)`: nowhere.
+        spread: shape (n_tokens,), half the length of an interval at each bar; None (default).
     """
     scale = scale or ColorScale.of(values)
     beyond, broken = scale.beyond(values), np.copysign(_BROKEN_BAR * scale.limit, values)
-    width = axes_size(ax)[0] if ax else min(max(0.4 * len(values) + 1.0, 6.4), LARGEST)
+    width = axes_size(ax)[0] if ax else _bars_width(len(values))
     figure, ax = open_figure(ax, width, 4.8)
     bars = ax.bar(
         range(len(values)),
@@ -69,15 +74,24 @@ def draw_bars(
         color=np.where(values < 0, "#c0392b", "#2f6db3"),
         edgecolor="white",
     )
+    if spread is not None:
+        ends = np.nan_to_num(spread)
+        ax.errorbar(range(len(values)), values, ends, fmt="none", ecolor="#444444", capsize=2.0)
     ax.axhline(0.0, color="black", linewidth=0.8)
     ax.spines[["right", "bottom"]].set_visible(False)
     ax.margins(x=0.01, y=0.1)
     ax.set_ylabel(label)
-    _write_values(ax, bars, values, scale, width / len(values))
+    if spread is None:
+        _write_values(ax, bars, values, scale, width / len(values))
     if beyond.any():
         _break_axis(ax, beyond.nonzero()[0], values, scale.limit)
     _label_columns(ax, _labels(tokens), width)
     return figure, ax
+
+
+def _bars_width(n_bars: int) -> float:
+    """Inches: as wide as a page for up to 60 bars, and for more in proportion."""
+    return min(max(0.4 * n_bars + 1.0, 6.4), max(_PAGE, _PAGE * n_bars / 60), LARGEST)
 
 
 def _write_values(
@@ -86,9 +100,10 @@ def _write_values(
     """Write each value at its bar: upright where bars of `per_bar` inches are too narrow."""
     texts = [scale.format(float(value)) for value in values]
     upright = per_bar < widest(texts)
-    if per_bar < TEXT_HEIGHT:  # no room but for those that the bars do not show
+    size = max(5.5, min(LABEL_SIZE, 58 * per_bar))
+    if per_bar < 0.7 * TEXT_HEIGHT:  # no room but for those that the bars do not show
         texts = [text if cut else "" for text, cut in zip(texts, scale.beyond(values), strict=True)]
-    ax.bar_label(bars, texts, fontsize=LABEL_SIZE, padding=2, rotation=90 if upright else 0)
+    ax.bar_label(bars, texts, fontsize=size, padding=2, rotation=90 if upright else 0)
     if upright:
         ax.margins(y=(widest(texts) + 0.1) / axes_size(ax)[1])
 
@@ -238,7 +253,7 @@ class _Layout:
 def _labels(tokens: Sequence[str], limit: int = _LONGEST_LABEL) -> list[str]:
     """Tokens as labels, without the leading space that would shift them, if it tells none apart."""
     texts = [text.strip() for text in mark_spaces(readable_tokens(tokens))]
-    return shortened(texts, limit)
+    return shortened(drawable(texts, families()), limit)
 
 
 def _header(columns: Sequence[str]) -> float:
@@ -251,16 +266,19 @@ def _label_step(inches: float) -> int:
 
 
 def _label_columns(ax: Axes, labels: Sequence[str], width: float) -> None:
-    step = _label_step(0.7 * width / len(labels))  # slanted labels are closer than their columns
+    per_column = width / max(len(labels), 1)
+    upright = per_column < TEXT_HEIGHT / 0.7  # slanted labels are closer than their columns
+    size = max(5.5, min(LABEL_SIZE, 58 * per_column)) if upright else LABEL_SIZE
+    step = _label_step(per_column * LABEL_SIZE / size if upright else 0.7 * per_column)
     ax.tick_params(top=True, bottom=False, labeltop=True, labelbottom=False)
     ax.set_xticks(
         range(0, len(labels), step),
         labels=labels[::step],
-        rotation=45,
-        ha="left",
-        rotation_mode="anchor",
-        fontsize=LABEL_SIZE,
-        **label_style(),
+        rotation=90 if upright else 45,
+        ha="center" if upright else "left",
+        rotation_mode="default" if upright else "anchor",
+        fontsize=size,
+        **label_style(labels),
     )
 
 
@@ -270,13 +288,17 @@ def _label_rows(ax: Axes, layout: _Layout, labels: Sequence[str]) -> None:
         [layout.top(block) + row for block in range(layout.n_blocks) for row in labelled],
         labels=[labels[row] for row in labelled] * layout.n_blocks,
         fontsize=LABEL_SIZE,
-        **label_style(),
+        **label_style(labels),
     )
 
 
 def _label_blocks(ax: Axes, layout: _Layout, rows: Sequence[str], columns: Sequence[str]) -> None:
     _label_rows(ax, layout, rows)
-    style = label_style() | {"rotation": 45, "rotation_mode": "anchor", "fontsize": LABEL_SIZE}
+    style = label_style(columns) | {
+        "rotation": 45,
+        "rotation_mode": "anchor",
+        "fontsize": LABEL_SIZE,
+    }
     for column, text in enumerate(columns):
         block, x = divmod(column, layout.columns_per_block)
         ax.text(x, layout.top(block) - 0.7, text, ha="left", va="bottom", **style)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from captum_llm_ext.display.figures import LABEL_SIZE, label_style, open_figure, widest
+from captum_llm_ext.display.figures import LABEL_SIZE, families, label_style, open_figure, widest
+from captum_llm_ext.display.fonts import drawable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -80,10 +81,13 @@ def draw_measures(
             label=name,
         )
     ax.axvline(0.0, color="black", linewidth=0.8)
-    ax.set_yticks(rows, labels=list(methods), fontsize=LABEL_SIZE, **label_style())
+    names = drawable(methods, families())
+    ax.set_yticks(rows, labels=names, fontsize=LABEL_SIZE, **label_style(names))
     ax.set_ylim(len(methods) - 0.5, -0.5)
     ax.set_xlabel(label, fontsize=LABEL_SIZE)
     ax.spines[["right", "top"]].set_visible(False)
+    if len(means) == 1:
+        return figure, ax
     ax.legend(
         frameon=False,
         fontsize=LABEL_SIZE,

@@ -13,9 +13,11 @@ from captum_llm_ext.display.figures import (
     LARGEST,
     add_color_bar,
     axes_size,
+    families,
     label_style,
     open_figure,
 )
+from captum_llm_ext.display.fonts import drawable
 from captum_llm_ext.display.scale import ColorScale, FloatArray, text_color
 from captum_llm_ext.inputs.token_text import readable_tokens
 
@@ -49,7 +51,7 @@ def draw_shaded_text(
     """
     from matplotlib.cm import ScalarMappable
 
-    texts = readable_tokens(tokens, _LONGEST_TOKEN)
+    texts = drawable(readable_tokens(tokens, _LONGEST_TOKEN), families(monospace=True))
     for per_line in (1, 2, 4, 8):
         positions = _positions(texts, per_line * _CHARACTERS_PER_LINE)
         last_line, _ = positions[-1]
@@ -107,6 +109,6 @@ def _draw_tokens(
         for text, (line, column) in zip(texts, positions, strict=True)
     ]
     ax.add_collection(PatchCollection(boxes, facecolors=colors, edgecolors=frames))
-    style = label_style(monospace=True) | {"fontsize": size, "va": "center"}
+    style = label_style(texts, monospace=True) | {"fontsize": size, "va": "center"}
     for text, (line, column), color in zip(texts, positions, colors, strict=True):
         ax.text(column, line + 0.5, text, color=text_color(color), **style)

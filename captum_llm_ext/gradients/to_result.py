@@ -15,6 +15,7 @@ from captum_llm_ext.gradients.method import NORMS
 from captum_llm_ext.gradients.totals import LayerTotal
 from captum_llm_ext.model.layers import Site
 from captum_llm_ext.results.layered import LLMLayerAttributionResult
+from captum_llm_ext.results.provenance import Provenance
 from captum_llm_ext.results.single import LLMAttributionResult
 from captum_llm_ext.warning import warn
 
@@ -29,6 +30,7 @@ def to_result(
     output_tokens: list[str],
     output_labels: list[str] | None,
     inp: InterpretableInput,
+    provenance: Provenance,
 ) -> LLMAttributionResult:
     """The result of one layer, or of several."""
     attributions = [_by_feature(total, keep_hidden) for total in totals.values()]
@@ -39,6 +41,7 @@ def to_result(
         "output_labels": output_labels,
         "norm": attributions[0].norm,
         "inp": inp,
+        "provenance": provenance,
     }
     if not several:
         one = attributions[0]
@@ -147,7 +150,8 @@ def check_totals(
         warn(
             f"no gradient reaches {', '.join(cut_off[:3])}{' …' if len(cut_off) > 3 else ''}: its "
             "attribution is zero everywhere. A layer after it cuts the gradient off, as quantised "
-            "layers without a backward do (4-bit layers on a CPU after a pass without gradients)",
+            "layers without a backward do (4-bit layers on a CPU after a pass without gradients); "
+            "and attention does under the rules 'cp' of relevance, for queries and keys",
         )
     on_path = [totals[site] for site in checked if totals[site].sums_to_difference]
     _warn_of_leaps(on_path)

@@ -45,6 +45,8 @@ from captum_llm_ext.model.quantized import dequantized_products, quiet_bitsandby
 from captum_llm_ext.model.random_state import same_random_state
 from captum_llm_ext.model.suitability import check_pair, check_weights
 from captum_llm_ext.registry import load, method_named
+from captum_llm_ext.results.provenance import Provenance
+from captum_llm_ext.results.recording import recorded, settings_of
 from captum_llm_ext.results.single import LLMAttributionResult
 from captum_llm_ext.scoring.checks import check_counts, check_gradients
 from captum_llm_ext.scoring.preparation import prepare
@@ -64,8 +66,9 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
 
     Args:
         attr_method: `LayerIntegratedGradients`, `LayerGradientXActivation`, `LayerGradientShap`,
-            `LayerConductance` (Captum's classes) or `LayerSaliency`, made with the model and a
-            layer, a list of layers, or names and patterns of layers (see `find_layers`).
+            `LayerConductance` (Captum's classes), `LayerSaliency` or `LayerRelevance`, made with
+            the model and a layer, a list of layers, or names and patterns of layers (see
+            `find_layers`).
         tokenizer: the model's tokenizer.
         attr_target: what is attributed of each target token: "log_prob" (natural logarithm, the
             default), "prob" or "logit". The sequence score is the sum over target tokens; for
@@ -103,7 +106,12 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
         # Resolved now, so that a layer that is not in the model is an error where it was written.
         self._sites, self._several = resolve_sites(self.model, attr_method.layer)  # type: ignore[attr-defined]
 
+    def record_settings(self) -> dict[str, Any]:
+        """The layers, and what the method was made with, for the provenance of results."""
+        return {"layers": [site.name for site in self._sites], **settings_of(self.attr_method)}
+
     @one_call_at_a_time
+    @recorded
     def attribute(
         self,
         inp: InterpretableInput,
@@ -272,6 +280,7 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
                 prepared.output_tokens,
                 prepared.output_labels,
                 with_named_baseline(inp, absent),
+                Provenance(target_ids=forcing.target.ids.tolist(), evaluations=1),
             )
 
     @classmethod

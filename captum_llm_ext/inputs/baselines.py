@@ -27,6 +27,13 @@ from captum_llm_ext.model.layers import embed, find_token_embedding, token_embed
 SPECIAL_BASELINES = ("pad", "eos", "unk")
 REMOVE = "remove"  # drops absent tokens, so that the others close up; for perturbation alone
 IDS_AT_ONCE = 8192  # of the vocabulary, for their embeddings
+COMMON_WORDS = """
+    the of and to in a is that for it was on are as with his they at be this have from or one
+    had by but not what all were we when your can said there use an each which she do how their if
+    will up other about out many then them these so some her would make like him into time has
+    look two more go see no way could people my than first been call who its now find long
+    down day did get come made may part
+"""
 
 BaselineSpec = int | str | tuple[str, Any] | Tensor | None
 
@@ -99,11 +106,38 @@ def nearest_ids(rank: int, absent: AbsentTokens) -> Tensor:
     return nearest[:, -1].to(ids.device)
 
 
+def common_ids(seed: int, absent: AbsentTokens) -> Tensor:
+    """For each token a common English word, drawn anew for each; the same for the same seed.
+
+    Special tokens of the prompt stay.
+    """
+    if not isinstance(seed, Integral):
+        raise ValueError(f"the number beside 'common' seeds the words, got {seed!r}")
+    tokenizer, ids = absent.tokenizer, absent.ids
+    encoded = [
+        tokenizer.encode(before + word, add_special_tokens=False)
+        for before in (" ", "")
+        for word in COMMON_WORDS.split()
+    ]
+    words = sorted({tokens[0] for tokens in encoded if len(tokens) == 1})
+    if not words:
+        raise ValueError(
+            "the baseline 'common' needs English words, and the tokenizer has none as one token: "
+            "give ('text', a text) of the model's language"
+        )
+    generator = torch.Generator().manual_seed(int(seed))
+    drawn = torch.tensor(words)[torch.randint(len(words), (len(ids),), generator=generator)]
+    special = torch.tensor(getattr(tokenizer, "all_special_ids", []), device=ids.device)
+    return torch.where(torch.isin(ids, special), ids, drawn.to(ids.device))
+
+
 TOKEN_BASELINES: dict[str, Callable[[Any, AbsentTokens], Tensor]] = {
     # name: from the value beside the name to the ids (length,) in place of the absent tokens
     "nearest": nearest_ids,
+    "common": common_ids,
     "text": text_ids,
 }
+ALONE = {"nearest": 1, "common": 0}  # the value of a name that a user writes alone
 
 
 def _vocabulary(model: nn.Module) -> tuple[Tensor, ...]:
@@ -129,17 +163,17 @@ class Baseline(NamedTuple):
     @classmethod
     def parse(cls, spec: Any, tokenizer: Any) -> Baseline:
         """The baseline that `spec` means. Raises ValueError for a str that names none."""
-        if isinstance(spec, Tensor):
+        if isinstance(spec, Tensor) and spec.dtype != torch.bool:
             return cls("embeddings" if spec.is_floating_point() else "ids", spec)
-        if isinstance(spec, Integral):
+        if isinstance(spec, Integral) and not isinstance(spec, bool):
             return cls("ids", int(spec))
         is_pair = isinstance(spec, tuple) and len(spec) == 2 and isinstance(spec[0], str)
         if is_pair and spec[0] in TOKEN_BASELINES:
             return cls(*spec)
         if not isinstance(spec, str):
             return cls("unknown", spec)
-        if spec == "nearest":
-            return cls("nearest", 1)
+        if spec in ALONE:
+            return cls(spec, ALONE[spec])
         if spec == REMOVE:
             return cls(REMOVE, REMOVE)
         if spec in EMBEDDING_BASELINES:
@@ -164,10 +198,11 @@ def baseline_ids(baseline: Baseline, absent: AbsentTokens) -> Tensor:
                 )
         ids = torch.as_tensor(value, dtype=torch.long, device=absent.ids.device)
         return _per_position(ids, absent.replaced, 0)
-    raise _no_tokens(baseline)
+    raise no_tokens(baseline)
 
 
-def _no_tokens(baseline: Baseline) -> ValueError | TypeError:
+def no_tokens(baseline: Baseline) -> ValueError | TypeError:
+    """The error of a baseline that is no token."""
     kind, value = baseline
     if kind == REMOVE:
         return ValueError(
@@ -180,8 +215,8 @@ def _no_tokens(baseline: Baseline) -> ValueError | TypeError:
     shown = f"a tensor {tuple(value.shape)} of {value.dtype}" if tensor else repr(value)
     return error(
         "expected a baseline of tokens (an id, a token string, 'pad', 'eos', 'unk', 'nearest', "
-        "('text', a text) or a tensor of ids); embeddings ('zero', 'mean' or a tensor), and "
-        f"several in a list, are for methods with a path alone; got {shown}: pass "
+        "'common', ('text', a text) or a tensor of ids); embeddings ('zero', 'mean' or a tensor), "
+        f"and several in a list, are for methods with a path alone; got {shown}: pass "
         "baselines= with one of tokens"
     )
 
@@ -228,7 +263,15 @@ def token_id(name: str, tokenizer: Any) -> int:
 
 
 def token_ids(tokens: Sequence[int] | Sequence[str] | None, tokenizer: Any) -> list[int]:
-    """The ids of tokens that are ids or strings; none for None."""
+    """The ids of tokens that are ids or strings; none for None.
+
+    Raises:
+        TypeError: a string instead of a list, whose characters would count.
+    """
+    if isinstance(tokens, str):
+        raise TypeError(
+            f"expected a list of token ids or strings, got {tokens!r}: give [{tokens!r}]"
+        )
     return [token_id(t, tokenizer) if isinstance(t, str) else t for t in tokens or ()]
 
 

@@ -12,6 +12,7 @@ from captum_llm_ext.inputs.segments import PATTERNS, Span, find_segments, templa
 from captum_llm_ext.inputs.templates import value_spans
 from captum_llm_ext.inputs.tokens import tokens_in_spans
 from captum_llm_ext.model.suitability import check_tokenizer
+from captum_llm_ext.registry import did_you_mean
 
 CHAT_FEATURES = ("token", "message", *PATTERNS)
 
@@ -53,7 +54,10 @@ def chat_input(
         raise TypeError(f"expected a list of messages first, got {type(messages).__name__}")
     check_tokenizer(tokenizer)
     if by not in CHAT_FEATURES:
-        raise ValueError(f"by must be one of {', '.join(CHAT_FEATURES)}; got {by!r}")
+        raise ValueError(
+            f"by must be one of {', '.join(CHAT_FEATURES)}; got {by!r}"
+            + did_you_mean(by, CHAT_FEATURES)
+        )
     text, spans = _rendered(messages, tokenizer, roles)
     if by == "token":
         if baselines is not None:
@@ -75,9 +79,13 @@ def _rendered(
         if not (isinstance(message, Mapping) and isinstance(message.get("role"), str)):
             raise ValueError(f"a message must be a dict with a 'role', got {message!r}")
     roles = (roles,) if isinstance(roles, str) else roles
-    missing = sorted(set(roles) - {message["role"] for message in messages})
+    present = {message["role"] for message in messages}
+    missing = sorted(set(roles) - present)
     if missing or not roles:
-        raise ValueError(f"roles must be among those of the messages; no message has {missing}")
+        raise ValueError(
+            f"roles must be among those of the messages; no message has {missing}"
+            + "".join(did_you_mean(role, present) for role in missing[:1])
+        )
     with_features = [i for i, message in enumerate(messages) if message["role"] in roles]
     for message in (messages[i] for i in with_features):
         if not isinstance(message.get("content"), str):

@@ -11,6 +11,7 @@ from captum_llm_ext.inputs.questions import qa_input
 from captum_llm_ext.inputs.segments import PATTERNS, segment_input
 from captum_llm_ext.inputs.templates import TextTemplateInput
 from captum_llm_ext.inputs.tokens import TextTokenInput
+from captum_llm_ext.registry import did_you_mean
 
 TEXT_FEATURES = ("token", *PATTERNS)
 
@@ -104,5 +105,8 @@ def requested_input(
         return qa_input(prompt or "", context, tokenizer, by)
     if by not in TEXT_FEATURES:
         chats = " (of a chat: message too)" if by in CHAT_FEATURES else ""
-        raise ValueError(f"by must be one of {', '.join(TEXT_FEATURES)}{chats}; got {by!r}")
+        raise ValueError(
+            f"by must be one of {', '.join(TEXT_FEATURES)}{chats}; got {by!r}"
+            + did_you_mean(by, TEXT_FEATURES)
+        )
     return segment_input(prompt or "", by)

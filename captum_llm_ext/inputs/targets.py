@@ -20,6 +20,7 @@ from captum_llm_ext.inputs.token_text import (
 )
 from captum_llm_ext.model.lock import holding
 from captum_llm_ext.model.signatures import takes
+from captum_llm_ext.registry import did_you_mean
 from captum_llm_ext.warning import warn
 
 GRADIENT_TARGETS = ("log_prob", "prob", "logit")
@@ -53,7 +54,8 @@ PLAIN_SETTINGS = frozenset(
 def check_attr_target(attr_target: str, supported: Sequence[str]) -> str:
     if attr_target not in supported:
         names = ", ".join(supported)
-        raise ValueError(f"attr_target must be one of {names}; got {attr_target!r}")
+        hint = did_you_mean(attr_target, supported)
+        raise ValueError(f"attr_target must be one of {names}; got {attr_target!r}{hint}")
     return attr_target
 
 
@@ -183,10 +185,11 @@ def encode_target(tokenizer: Any, target: str | Tensor | Sequence[int]) -> Tenso
         return ids
     if not isinstance(target, Tensor | list | tuple):
         raise TypeError(f"target must be a str, a 1-D tensor of ids or None, got {type(target)}")
-    if not isinstance(target, Tensor) and not all(isinstance(i, int) for i in target):
+    are_ids = (isinstance(i, int) and not isinstance(i, bool) for i in target)
+    if not isinstance(target, Tensor) and not all(are_ids):
         raise TypeError(f"a target given as a list must hold token ids, got {list(target)[:5]}")
     ids = torch.as_tensor(target)
-    if ids.dim() != 1 or ids.is_floating_point():
+    if ids.dim() != 1 or ids.is_floating_point() or ids.dtype == torch.bool:
         raise ValueError(
             f"target must be a 1-D tensor of token ids, got shape {tuple(ids.shape)} of {ids.dtype}"
         )

@@ -16,9 +16,11 @@ from captum_llm_ext.inputs.baselines import (
     BaselineSpec,
     baseline_ids,
     baseline_of_input,
+    no_tokens,
     token_ids,
 )
 from captum_llm_ext.model.suitability import check_tokenizer
+from captum_llm_ext.warning import warn
 
 
 class TextTokenInput(CaptumTextTokenInput):
@@ -29,8 +31,9 @@ class TextTokenInput(CaptumTextTokenInput):
         tokenizer: the model's tokenizer.
         baselines: what stands for an absent token: a token id, a token string, "pad", "eos",
             "unk", "nearest" (each token's nearest other one by cosine of the embeddings),
-            ("nearest", n) for the n-th nearest, or ("text", a text) for the tokens of another text
-            in order; by perturbation also "remove", which drops the token; with gradients also
+            ("nearest", n) for the n-th nearest, "common" (a common English word drawn for each
+            token), ("common", seed) for other draws, or ("text", a text) for the tokens of another
+            text in order; by perturbation also "remove", which drops the token; with gradients also
             "zero" and "mean". Default: 0, as in Captum. In many vocabularies that is a special
             token, which may hide everything before it.
         skip_tokens: ids or strings of tokens that are not features and are never replaced.
@@ -38,6 +41,7 @@ class TextTokenInput(CaptumTextTokenInput):
     Raises:
         ValueError: a token string is not in the vocabulary (Captum silently takes the unknown
             token for it).
+        TypeError: a baseline of another kind, or a string as `skip_tokens`.
 
     Example:
         >>> inp = TextTokenInput("The capital of France is", tokenizer, baselines="pad")
@@ -57,8 +61,10 @@ class TextTokenInput(CaptumTextTokenInput):
     ) -> None:
         check_tokenizer(tokenizer)
         kind, value = Baseline.parse(baselines, tokenizer)
+        if kind == "unknown":
+            raise no_tokens(Baseline(kind, value))
         self.named_baseline: BaselineSpec = None
-        if kind not in ("ids", "unknown"):  # `attribute` looks it up, with the model
+        if kind != "ids":  # `attribute` looks it up, with the model
             self.named_baseline, value = baselines, 0
         super().__init__(text, tokenizer, value, token_ids(skip_tokens, tokenizer) or None)
 
@@ -156,6 +162,11 @@ def with_baselines(
     is_feature = torch.ones_like(ids).bool() if inp.itp_mask is None else inp.itp_mask[0]
     baseline = Baseline.parse(baselines, inp.tokenizer)
     if baseline.kind == REMOVE:
+        if len(ids) == 1:
+            warn(
+                "the prompt is a single token, which stays when it is left out, so its attribution "
+                "is 0 whatever it does: name a token that stands for it, such as baselines='pad'"
+            )
         shorter = _WithoutAbsentTokens.__new__(_WithoutAbsentTokens)
         shorter.__dict__.update(inp.__dict__)
         shorter.named_baseline = REMOVE

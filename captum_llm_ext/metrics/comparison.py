@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -21,8 +21,15 @@ from captum_llm_ext.inputs.baselines import BaselineSpec
 from captum_llm_ext.inputs.prompts import as_input
 from captum_llm_ext.inputs.templates import with_drawn_baselines
 from captum_llm_ext.metrics.curves import FRACTIONS, MEASURES
-from captum_llm_ext.metrics.judging import Faithfulness
-from captum_llm_ext.metrics.removal import MOST_STEPS, Removal, feature_attr, open_prompts
+from captum_llm_ext.metrics.judging import Faithfulness, judgements
+from captum_llm_ext.metrics.removal import (
+    MOST_STEPS,
+    N_MASKS,
+    TOPS,
+    Removal,
+    feature_attr,
+    open_prompts,
+)
 from captum_llm_ext.model.lock import only_one_call
 from captum_llm_ext.model.suitability import check_pair
 from captum_llm_ext.perturbations.masked_prompts import MaskedPrompts
@@ -40,6 +47,13 @@ Attribute: TypeAlias = Callable[
 ]
 Method: TypeAlias = str | tuple[str, Mapping[str, Any]] | Attribute
 
+REMOVED_BY: dict[str, BaselineSpec] = {
+    # Each way of taking tokens out favours the methods that share it: judge by all three.
+    "pad": "pad",
+    "removal": "remove",
+    "common words": "common",
+}
+PLAIN = (*(f"drop@{top}" for top in TOPS), "lds")  # not compared with random orders
 DEFAULT_METHODS: tuple[Method, ...] = ("saliency", "gradxact", "ig", "ablation")
 
 
@@ -49,11 +63,14 @@ class MethodComparison:
 
     Attributes:
         prompts: a row per prompt and method (columns "prompt" and "method"): each measure's value
-            and its "… over random" (see `Faithfulness.over_random`), in units of the score, and
-            the wall-clock "seconds" of the attribution.
-        table: a row per method, the most faithful on deletion first; for each measure over random
-            the columns "mean", "low" and "high", the ends of the bootstrap confidence interval of
-            the mean over prompts; and the mean "seconds".
+            and its "… over random" (see `Faithfulness.over_random`), in units of the score; the
+            drop without the first features, "drop@1", "drop@3" and "drop@5"; "lds"; and the
+            wall-clock "seconds" of the attribution. With `removed_by` a row for each of its ways,
+            which "removed by" names.
+        table: a row per method, the most faithful on deletion first; for each measure over random,
+            each drop and "lds" the columns "mean", "low" and "high", the ends of the bootstrap
+            confidence interval of the mean over prompts; and the mean "seconds". With `removed_by`
+            the index has the way before the method, so that ``table.loc["removal"]`` is its table.
     """
 
     prompts: DataFrame
@@ -76,11 +93,13 @@ class MethodComparison:
         Raises:
             ValueError: a prompt lacks a method, or has it twice.
         """
-        from pandas import DataFrame
+        from pandas import DataFrame, Series
 
         _check_bootstrap(n_bootstrap, confidence)
+        keys = [key for key in ("removed by", "method") if key in prompts]
         n_prompts, n_methods = prompts["prompt"].nunique(), prompts["method"].nunique()
-        if n_prompts * n_methods != len(prompts) or prompts.duplicated(["prompt", "method"]).any():
+        n_rows = n_prompts * len(prompts[keys].drop_duplicates())
+        if n_rows != len(prompts) or prompts.duplicated(["prompt", *keys]).any():
             raise ValueError(
                 f"expected a row for each of {n_methods} methods on each of {n_prompts} prompts, "
                 f"got {len(prompts)} rows"
@@ -89,15 +108,20 @@ class MethodComparison:
         drawn = torch.randint(n_prompts, (n_bootstrap, n_prompts), generator=generator).numpy()
         tails = [(1 - confidence) / 2, (1 + confidence) / 2]
         columns: dict[tuple[str, str], Any] = {}
-        for measure in MEASURES:
-            over = prompts.pivot(index="prompt", columns="method", values=f"{measure} over random")
-            ends = np.quantile(over.to_numpy()[drawn].mean(1), tails, axis=0)
-            columns[measure, "mean"] = over.mean()
+        over_random = {f"{measure} over random": measure for measure in MEASURES}
+        for column, measure in {**over_random, **dict(zip(PLAIN, PLAIN, strict=True))}.items():
+            if column not in prompts:
+                continue  # kept by an earlier version
+            values = prompts.pivot(index="prompt", columns=keys, values=column)
+            means = _means(values.to_numpy()[drawn])
+            columns[measure, "mean"] = values.mean()
             columns[measure, "low"], columns[measure, "high"] = (
-                dict(zip(over.columns, end, strict=True)) for end in ends
+                Series(end, values.columns) for end in np.quantile(means, tails, axis=0)
             )
-        columns["seconds", "mean"] = prompts.groupby("method")["seconds"].mean()
+        columns["seconds", "mean"] = prompts.groupby(keys)["seconds"].mean()
         table = DataFrame(columns).sort_values(("deletion", "mean"), ascending=False)
+        if len(keys) > 1:
+            table = table.sort_index(level=0, sort_remaining=False, kind="stable")
         return cls(prompts, table)
 
     def plot(
@@ -112,7 +136,7 @@ class MethodComparison:
         if not measures or set(measures) - set(MEASURES):
             raise ValueError(f"measures must be among {', '.join(MEASURES)}; got {measures!r}")
         return draw_measures(
-            [str(name) for name in self.table.index],
+            [name if isinstance(name, str) else ": ".join(name) for name in self.table.index],
             {name: self.table[name, "mean"].to_numpy() for name in measures},
             {name: self.table[name][["low", "high"]].to_numpy() for name in measures},
             "over random order, in units of the score",
@@ -134,14 +158,18 @@ def compare_methods(
     fractions: Sequence[float] = FRACTIONS,
     n_steps: int = MOST_STEPS,
     n_random: int = 10,
+    n_masks: int = N_MASKS,
+    removed_by: Mapping[str, BaselineSpec] | None = None,
     n_bootstrap: int = 2000,
     confidence: float = 0.95,
     generator: torch.Generator | None = None,
     internal_batch_size: int | None = None,
     show_progress: bool = False,
 ) -> MethodComparison:
-    """Compare attribution methods by deletion, insertion, comprehensiveness and sufficiency.
+    """Compare attribution methods by what the score loses or gains without and with features.
 
+    The measures are deletion, insertion, comprehensiveness and sufficiency over random order, the
+    drop without the first 1, 3 and 5 features, and the linear datamodeling score (`faithfulness`).
     Every method explains every prompt for the same target, and is judged against the same random
     orders; each distinct prompt is scored once for all methods. Means over prompts are of values
     in units of the score, so give the targets about the same length.
@@ -164,6 +192,11 @@ def compare_methods(
         fractions: as in `faithfulness`.
         n_steps: as in `faithfulness`.
         n_random: as in `faithfulness`.
+        n_masks: as in `faithfulness`.
+        removed_by: name → baseline, the ways in which tokens are taken out to judge, each of them
+            for all methods. A judge favours methods that share its way, so judge by several, as
+            ``captum_llm_ext.metrics.REMOVED_BY`` has them: "pad", removal, and common words drawn
+            for each token. A template has its own baselines always. Default: `baselines` alone.
         internal_batch_size: as in `faithfulness`.
         n_bootstrap: resamples of the prompts, the same for all methods.
         confidence: of the intervals.
@@ -188,31 +221,33 @@ def compare_methods(
         ['deletion', 'insertion']
 
     Source: Petsiuk et al. 2018, https://arxiv.org/abs/1806.07421; DeYoung et al. 2020,
-    https://arxiv.org/abs/1911.03429.
+    https://arxiv.org/abs/1911.03429; Park et al. 2023, https://arxiv.org/abs/2303.14186.
     """
     check_pair(model, tokenizer)
     _check_for_pandas()
     _check_bootstrap(n_bootstrap, confidence)
     beginning = gen_args_of_target(model, gen_args)
     named = _named(methods, baselines, beginning)
-    removal = Removal(absolute, fractions, n_steps, n_random)
+    ways = [({}, baselines)] if removed_by is None else _ways(removed_by)
+    removal = Removal(absolute, fractions, n_steps, n_random, n_masks)
     generator = generator or torch.Generator().manual_seed(0)
     rows: list[dict[str, Any]] = []
     pairs = list(zip(prompts, _targets(prompts, targets), strict=True))
     with only_one_call(model):
         for number, (prompt, target) in enumerate(tqdm(pairs, disable=not show_progress)):
             inp = with_drawn_baselines(as_input(prompt, tokenizer))
-            masked = open_prompts(
-                model,
-                tokenizer,
-                inp,
-                Request(
-                    target, beginning if target is not None else gen_args, attr_target=attr_target
-                ),
-                baselines if isinstance(inp, CaptumTextTokenInput) else None,
-                rows=internal_batch_size,
+            request = Request(
+                target, beginning if target is not None else gen_args, attr_target=attr_target
             )
-            judged = _judged(model, tokenizer, inp, masked, named, removal, generator)
+            judges = []
+            for way, baseline in ways:
+                if not isinstance(inp, CaptumTextTokenInput):
+                    baseline = None
+                options = (baseline, True, internal_batch_size)
+                masked = open_prompts(model, tokenizer, inp, request, *options)
+                judges.append((way, masked))
+                request = replace(request, target=masked.scorer.target.ids, gen_args=beginning)
+            judged = _judged(model, tokenizer, inp, judges, named, removal, generator)
             rows += [{"prompt": number, **row} for row in judged]
     import pandas
 
@@ -223,22 +258,35 @@ def _judged(
     model: nn.Module,
     tokenizer: Any,
     inp: InterpretableInput,
-    masked: MaskedPrompts,
+    judges: Sequence[tuple[dict[str, str], MaskedPrompts]],
     methods: Mapping[str, Attribute],
     removal: Removal,
     generator: torch.Generator,
 ) -> Iterator[dict[str, Any]]:
-    """A row of each method: its measures and its seconds."""
+    """A row of each way and method: its measures and its seconds; all ways have the same orders."""
+    masked = judges[0][1]
     attributions, seconds = [], []
     for method in methods.values():
         start = time.perf_counter()
         result = method(model, tokenizer, inp, masked.scorer.target.ids.clone())
         seconds.append(time.perf_counter() - start)
         attributions.append(feature_attr(result, masked))
-    curves, random = removal.curves(masked, attributions, generator)
-    for i, name in enumerate(methods):
-        judged = Faithfulness(curves[i : i + 1], random)
-        yield {"method": name, **_row(judged), "seconds": seconds[i]}
+    state = generator.get_state()
+    for way, masked in judges:
+        generator.set_state(state)
+        judged = judgements(removal, masked, attributions, generator)
+        for name, one, taken in zip(methods, judged, seconds, strict=True):
+            yield {**way, "method": name, **_row(one), "seconds": taken}
+
+
+def _ways(removed_by: Mapping[str, BaselineSpec]) -> list[tuple[dict[str, str], BaselineSpec]]:
+    """The columns that name a way, and its baseline."""
+    if not isinstance(removed_by, Mapping) or not removed_by:
+        raise ValueError(
+            "expected removed_by to be a dict of names and baselines, such as "
+            f"{{'pad': 'pad', 'removal': 'remove'}}; got {removed_by!r}"
+        )
+    return [({"removed by": str(name)}, baseline) for name, baseline in removed_by.items()]
 
 
 def _named(
@@ -301,7 +349,15 @@ def _targets(
 
 def _row(judged: Faithfulness) -> dict[str, float]:
     over = {f"{name} over random": value for name, value in judged.over_random().items()}
-    return {name: one["value"] for name, one in judged.summary().items()} | over
+    plain = dict(zip(PLAIN, [*judged.drops.values(), judged.lds], strict=True))
+    return {name: one["value"] for name, one in judged.summary().items()} | over | plain
+
+
+def _means(drawn: np.ndarray) -> np.ndarray:
+    """(n_bootstrap, n_methods) means over resampled prompts; NaN marks a prompt without a value."""
+    known = ~np.isnan(drawn)
+    counts = known.sum(1)
+    return np.where(counts > 0, np.where(known, drawn, 0).sum(1), np.nan) / np.maximum(counts, 1)
 
 
 def _check_for_pandas() -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,9 +15,17 @@ from captum_llm_ext.compat import InterpretableInput
 from captum_llm_ext.display import draw_removal_curves
 from captum_llm_ext.inputs.baselines import BaselineSpec
 from captum_llm_ext.metrics.curves import FRACTIONS, MEASURES, RemovalCurves
-from captum_llm_ext.metrics.removal import MOST_STEPS, Removal, feature_attr, open_prompts
+from captum_llm_ext.metrics.removal import (
+    MOST_STEPS,
+    N_MASKS,
+    TOPS,
+    Removal,
+    feature_attr,
+    open_prompts,
+)
 from captum_llm_ext.model.lock import only_one_call
 from captum_llm_ext.model.suitability import check_pair
+from captum_llm_ext.perturbations.masked_prompts import MaskedPrompts
 from captum_llm_ext.scoring.tasks import Request, gen_args_of_target
 
 if TYPE_CHECKING:
@@ -31,10 +40,18 @@ class Faithfulness:
     Attributes:
         curves: of the attribution's order (n_orders = 1).
         random: of the random orders (n_orders = n_random).
+        drops: drop of the score without the first 1, 3 and 5 features, or all where there are
+            fewer; larger is better.
+        lds: linear datamodeling score, in -1…1 and larger is better: over prompts with a random
+            half of the features, the rank correlation of the score with the sum of the
+            attributions of the features that are there. NaN where all sums or all scores are
+            equal, as with one feature.
     """
 
     curves: RemovalCurves
     random: RemovalCurves
+    drops: dict[int, float] = field(default_factory=dict)
+    lds: float = math.nan
 
     @property
     def deletion_area(self) -> float:
@@ -117,6 +134,7 @@ def faithfulness(
     fractions: Sequence[float] = FRACTIONS,
     n_steps: int = MOST_STEPS,
     n_random: int = 10,
+    n_masks: int = N_MASKS,
     generator: torch.Generator | None = None,
     internal_batch_size: int | None = None,
     reuse_prefix: bool = True,
@@ -128,7 +146,10 @@ def faithfulness(
     them into a prompt that has none (Petsiuk et al. 2018, https://arxiv.org/abs/1806.07421).
     Comprehensiveness is the drop of the score without the most important ones, sufficiency the drop
     with them alone (DeYoung et al. 2020, https://arxiv.org/abs/1911.03429). Random orders are the
-    yardstick; they come in pairs, an order and its reverse, which need the same prompts.
+    yardstick; they come in pairs, an order and its reverse, which need the same prompts. The linear
+    datamodeling score asks for more than an order: do sums of attributions rank prompts with a
+    half of the features as their scores do (Park et al. 2023, https://arxiv.org/abs/2303.14186;
+    Cohen-Wang et al. 2024, https://arxiv.org/abs/2409.00729)?
 
     Args:
         model: a causal language model.
@@ -139,9 +160,10 @@ def faithfulness(
         target: what was attributed: a string or ids (n_output,), as given to `attribute`.
         inp: the input that was attributed. Default: the result's own.
         baselines: of a token input, what stands for an absent token: an id, a token string, "pad",
-            "eos", "unk", "nearest", ("text", a text) or ids. Default: that of the attribution, or
-            the input's own; for embeddings and lists of baselines there is none. A template has
-            its own always, and a callable one is drawn once.
+            "eos", "unk", "nearest", "common" (words), ("text", a text), "remove" (dropped) or ids.
+            Default: that of the attribution, or the input's own; for embeddings and lists of
+            baselines there is none. A template has its own always, and a callable one is drawn
+            once.
         gen_args: as given to `attribute` with an encoder-decoder model: of these
             `forced_bos_token_id` and what else its decoder begins with count.
         attr_target: the score: "log_prob" (the default), "prob" (as in both papers), "logit" or
@@ -152,14 +174,16 @@ def faithfulness(
             those of DeYoung et al.
         n_steps: how many steps all features are removed in at most; they are even.
         n_random: random orders.
-        generator: draws the random orders. Default: one with seed 0.
+        n_masks: random halves of the features, for `lds`.
+        generator: draws the random orders, and its seed the halves. Default: one with seed 0.
         internal_batch_size: prompts per pass. Default: chosen by their length.
         reuse_prefix: take what a prompt shares with the whole one from the key/value cache.
         show_progress: show a progress bar.
 
     Returns:
         A `Faithfulness`: `deletion_area`, `insertion_area`, `comprehensiveness`, `sufficiency`,
-        `over_random()`, `summary()`, `plot()` and the curves themselves, in units of the score.
+        `drops`, `lds`, `over_random()`, `summary()`, `plot()` and the curves themselves, in units
+        of the score.
 
     Raises:
         ValueError: the target is not the result's, the attribution does not fit the input or has
@@ -174,7 +198,7 @@ def faithfulness(
         True
     """
     check_pair(model, tokenizer)
-    removal = Removal(absolute, fractions, n_steps, n_random)
+    removal = Removal(absolute, fractions, n_steps, n_random, n_masks)
     with only_one_call(model):
         prompts = open_prompts(
             model,
@@ -188,4 +212,18 @@ def faithfulness(
         )
         generator = generator or torch.Generator().manual_seed(0)
         attr = feature_attr(result, prompts)
-        return Faithfulness(*removal.curves(prompts, [attr], generator))
+        return judgements(removal, prompts, [attr], generator)[0]
+
+
+def judgements(
+    removal: Removal,
+    prompts: MaskedPrompts,
+    attributions: Sequence[Tensor],
+    generator: torch.Generator,
+) -> list[Faithfulness]:
+    """The faithfulness of each attribution (n_features,), beside the same random orders."""
+    curves, random, drops, lds = removal.scored(prompts, attributions, generator)
+    return [
+        Faithfulness(curves[i : i + 1], random, dict(zip(TOPS, drop, strict=True)), own)
+        for i, (drop, own) in enumerate(zip(drops.tolist(), lds.tolist(), strict=True))
+    ]

@@ -14,47 +14,68 @@ from torch import Tensor, nn
 from captum_llm_ext.compat import CaptumTextTemplateInput, CaptumTextTokenInput, InterpretableInput
 from captum_llm_ext.inputs.baselines import BaselineSpec
 from captum_llm_ext.inputs.targets import PERTURBATION_TARGETS, captum_labels, check_attr_target
-from captum_llm_ext.metrics.curves import FRACTIONS, RemovalCurves, removal_counts, removal_rows
+from captum_llm_ext.metrics.curves import (
+    FRACTIONS,
+    RemovalCurves,
+    removal_counts,
+    removal_rows,
+)
+from captum_llm_ext.metrics.lds import half_masks, rank_correlation
 from captum_llm_ext.perturbations.masked_prompts import MaskedPrompts
 from captum_llm_ext.scoring.checks import check_counts
 from captum_llm_ext.scoring.tasks import Request
 
 MOST_STEPS = 50
+N_MASKS = 64
+TOPS = (1, 3, 5)  # features, without which the drop of the score is read
 
 
 @dataclass(frozen=True)
 class Removal:
-    """How features are removed: in which steps, and beside how many random orders."""
+    """How features are removed: in which steps, beside how many random orders and halves."""
 
     absolute: bool = False
     fractions: Sequence[float] = FRACTIONS
     n_steps: int = MOST_STEPS
     n_random: int = 10
+    n_masks: int = N_MASKS
 
     def __post_init__(self) -> None:
-        check_counts(n_steps=self.n_steps, n_random=self.n_random)
+        check_counts(n_steps=self.n_steps, n_random=self.n_random, n_masks=self.n_masks)
         if not self.fractions or not all(0 < fraction <= 1 for fraction in self.fractions):
             raise ValueError(
                 f"fractions must be numbers above 0 and up to 1, got {list(self.fractions)}"
             )
 
-    def curves(
+    def scored(
         self,
         prompts: MaskedPrompts,
         attributions: Sequence[Tensor],
         generator: torch.Generator,
-    ) -> tuple[RemovalCurves, RemovalCurves]:
-        """The curves of attributions, each (n_features,), and those of random orders."""
-        orders = torch.stack([order_of(attr, self.absolute) for attr in attributions])
-        n_features = orders.size(1)
+    ) -> tuple[RemovalCurves, RemovalCurves, Tensor, Tensor]:
+        """Of attributions, each (n_features,): their curves and those of random orders, the drops
+        without the first features (n_attributions, 3), and the linear datamodeling scores
+        (n_attributions,).
+
+        The generator's seed alone draws the halves, so that its orders stay what they are.
+        """
+        values = torch.stack(list(attributions))
+        n_own, n_features = values.shape
+        orders = torch.stack([order_of(attr, self.absolute) for attr in values])
         orders = torch.cat([orders, random_orders(self.n_random, n_features, generator)])
         counts = removal_counts(n_features, self.n_steps, self.fractions)
-        masks = removal_rows(orders, counts)
+        along = removal_rows(orders, counts)
+        without = removal_rows(orders[:n_own], torch.tensor(TOPS))[0]
+        own = torch.Generator().manual_seed(generator.initial_seed())
+        halves = half_masks(self.n_masks, n_features, own)
+        parts = [along.flatten(0, 2), without.flatten(0, 1), halves]
         with no_gradients():
-            scores = sequence_scores(prompts, masks.flatten(0, 2))
-        deletion, insertion = scores.view(masks.shape[:3])
+            scores = sequence_scores(prompts, torch.cat(parts)).split([len(part) for part in parts])
+        deletion, insertion = scores[0].view(along.shape[:3])
         curves = RemovalCurves(counts, deletion, insertion, tuple(self.fractions))
-        return curves[: len(attributions)], curves[len(attributions) :]
+        drops = deletion[:n_own, :1] - scores[1].view(n_own, len(TOPS))
+        lds = rank_correlation(values @ halves.T.double(), scores[2])
+        return curves[:n_own], curves[n_own:], drops, lds
 
 
 def order_of(attr: Tensor, absolute: bool = False) -> Tensor:

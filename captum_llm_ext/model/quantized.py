@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from captum_llm_ext.model.hooks import patched
+from captum_llm_ext.model.hooks import forward_name, patched
 from captum_llm_ext.model.memory import free_bytes
 
 SHARE_FOR_WEIGHTS = 0.25  # of free memory, for weights that stay dequantised during a call
@@ -73,13 +73,8 @@ def dequantized_products(model: nn.Module) -> AbstractContextManager[None]:
     layers for a product that has no backward. The weights stay as they are, packed or not.
     """
     weights = DequantizedWeights(quantization_of(model).dequantize)
-    # accelerate puts its wrapper in the place of `forward`, and calls `_old_forward` in it.
     return patched(
-        (
-            module,
-            "_old_forward" if "_old_forward" in vars(module) else "forward",
-            partial(_multiply, module, weights),
-        )
+        (module, forward_name(module), partial(_multiply, module, weights))
         for module in weights.dequantize
     )
 

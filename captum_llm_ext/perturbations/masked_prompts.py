@@ -77,6 +77,16 @@ class MaskedPrompts:
         return self.scorer.prepared.output_labels
 
     @property
+    def target_ids(self) -> list[int]:
+        ids: list[int] = self.scorer.target.ids.tolist()
+        return ids
+
+    @property
+    def n_evaluations(self) -> int:
+        """How many prompts have been scored."""
+        return self.scorer.n_evaluations
+
+    @property
     def n_columns(self) -> int:
         """The sequence and each target token."""
         return 1 + len(self.scorer.target)
@@ -129,6 +139,8 @@ class MaskedPicture:
     n_columns: int
     device: torch.device
     output_labels: list[str] | None = None
+    target_ids: list[int] | None = None
+    n_evaluations: int | None = None
 
     def drawn(self) -> MaskedPicture:
         return self

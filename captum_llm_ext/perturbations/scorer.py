@@ -71,6 +71,10 @@ class PromptScorer:
         return self.forcing.target
 
     @property
+    def n_evaluations(self) -> int:
+        return len(self._scores)
+
+    @property
     def reference(self) -> Tensor:
         return self.forcing.prompt_ids[0]
 

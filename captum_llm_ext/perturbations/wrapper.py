@@ -37,6 +37,8 @@ from captum_llm_ext.perturbations.method import PerturbationMethod
 from captum_llm_ext.perturbations.stand_in import warn_of_hiding_stand_in
 from captum_llm_ext.registry import METHODS, PERTURBATION, load, method_named, methods_of
 from captum_llm_ext.results import LLMAttributionResult
+from captum_llm_ext.results.provenance import Provenance
+from captum_llm_ext.results.recording import recorded, settings_of
 from captum_llm_ext.scoring.checks import check_counts
 from captum_llm_ext.scoring.tasks import Request
 
@@ -167,7 +169,12 @@ class LLMAttribution(CaptumLLMAttribution):
                 f"(it takes {', '.join(sorted(names))})"
             )
 
+    def record_settings(self) -> dict[str, Any]:
+        """What the method was made with, for the provenance of results."""
+        return settings_of(self.attr_method)
+
     @one_call_at_a_time
+    @recorded
     def attribute(
         self,
         inp: InterpretableInput,
@@ -279,6 +286,7 @@ class LLMAttribution(CaptumLLMAttribution):
             output_tokens=masked.output_tokens,
             output_labels=masked.output_labels,
             inp=masked.inp,
+            provenance=Provenance(target_ids=masked.target_ids, evaluations=masked.n_evaluations),
         )
 
     def _check_input(self, inp: InterpretableInput) -> None:
@@ -312,4 +320,6 @@ class LLMAttribution(CaptumLLMAttribution):
             forward_in_tokens=inspect_forward is not None,  # Captum inspects on that path alone
         )
         tokens = _convert_ids_to_pretty_tokens(ids, self.tokenizer)
-        return MaskedPicture(inp, forward, tokens, 1 + len(ids), self.device)
+        return MaskedPicture(
+            inp, forward, tokens, 1 + len(ids), self.device, target_ids=ids.tolist()
+        )

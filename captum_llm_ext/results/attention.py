@@ -12,6 +12,8 @@ from torch import Tensor
 from captum_llm_ext.results.json_format import fields_of
 from captum_llm_ext.results.layered import LLMLayerAttributionResult
 from captum_llm_ext.results.merge import Spans
+from captum_llm_ext.results.provenance import Provenance
+from captum_llm_ext.results.single import LLMAttributionResult
 from captum_llm_ext.results.values import checked_tensor, count, optional_tensor
 
 if TYPE_CHECKING:
@@ -56,12 +58,12 @@ class LLMAttentionAttributionResult(LLMLayerAttributionResult):
         layer_seq_attr: shape (n_layers, n_input), of the whole target; None (default) for the mean
             over its tokens.
         inp: the attributed interpretable input, or None (default).
-        method: the method that made it, by the name that `explain` has for it; None (default) where
-            another caller did. It does not count when results are compared.
         output_labels: names of the output tokens in tables and plots, which keep leading spaces;
             None (default) for `output_tokens`.
         starts_prompt: whether the first input token is the first token of the prompt, where
             attention sinks are; None (default) for what `inp` says, False without it.
+        provenance: what made the result, see `Provenance`; None (default) where it is not known. It
+            does not count when results are compared.
 
     Raises:
         ValueError: a shape does not fit, or the reduction is unknown.
@@ -80,6 +82,7 @@ class LLMAttentionAttributionResult(LLMLayerAttributionResult):
     """
 
     _computed = ()
+    _of_sums = LLMAttributionResult  # its maps are not all sums over its layers
     __hash__ = None
 
     def __init__(
@@ -98,9 +101,9 @@ class LLMAttentionAttributionResult(LLMLayerAttributionResult):
         output_probs: npt.ArrayLike | None = None,
         layer_seq_attr: npt.ArrayLike | None = None,
         inp: InterpretableInput | None = None,
-        method: str | None = None,
         output_labels: list[str] | None = None,
         starts_prompt: bool | None = None,
+        provenance: Provenance | None = None,
     ) -> None:
         if reduction not in OVER_LAYERS:
             raise ValueError(
@@ -124,9 +127,9 @@ class LLMAttentionAttributionResult(LLMLayerAttributionResult):
             layer_token_attr=layer_token_attr,
             output_probs=output_probs,
             inp=inp,
-            method=method,
             output_labels=output_labels,
             starts_prompt=starts_prompt,
+            provenance=provenance,
         )
         n_heads = {"n_heads": None if heads is None else len(heads)}
         self.attention = checked_tensor("attention", attention, layers | n_heads | outputs | inputs)
@@ -161,6 +164,10 @@ class LLMAttentionAttributionResult(LLMLayerAttributionResult):
         ax: Axes | None = None,
         normalize: bool = False,
         merge: str | Spans | None = None,
+        figsize: tuple[float, float] | None = None,
+        title: str | None = None,
+        top: int | None = None,
+        provenance: bool = False,
     ) -> tuple[Figure, Axes] | None:
         """Plot layers by input tokens, the first layer at the bottom.
 
@@ -171,8 +178,12 @@ class LLMAttentionAttributionResult(LLMLayerAttributionResult):
                 first token (default False, since the attention of different layers can be
                 compared).
             merge: "word" or spans to `merge` first; None (default) for tokens.
+            figsize: width and height of a new figure in inches; None (default) for what fits.
+            title: a line above the plot; None (default) for none.
+            top: only the features of largest sequence attribution; None (default) for all.
+            provenance: write where the result comes from below the plot (default False).
         """
-        return super().plot_layer_attr(show, ax, normalize, merge)
+        return super().plot_layer_attr(show, ax, normalize, merge, figsize, title, top, provenance)
 
     def _over_layers(self, values: Tensor) -> Tensor:
         return OVER_LAYERS[self.reduction](values)

@@ -15,12 +15,17 @@ from captum_llm_ext.display import (
     draw_heat_map,
     draw_path,
     draw_shaded_text,
+    finished,
     print_text,
     render_document,
     render_text,
     render_view,
+    say_below,
+    sized_axes,
 )
 from captum_llm_ext.results.merge import Spans
+from captum_llm_ext.results.provenance import Provenance
+from captum_llm_ext.results.tables import largest
 from captum_llm_ext.results.values import FloatArray, array, count
 
 if TYPE_CHECKING:
@@ -39,10 +44,13 @@ class DisplayMixin:
     score_path: Tensor | None
     output_labels: list[str] | None
     starts_prompt: bool
-    method: str | None
+    provenance: Provenance | None
+    spread: Tensor | None
 
     if TYPE_CHECKING:
 
+        @property
+        def method(self) -> str | None: ...
         @property
         def seq_attr(self) -> Tensor: ...
         @property
@@ -53,9 +61,17 @@ class DisplayMixin:
         def convergence_delta(self) -> Tensor | None: ...
 
         def merge(self, spans: str | Spans = "word") -> Self: ...
+        def _selected(self, kept: list[int]) -> Self: ...
 
     def plot_seq_attr(
-        self, show: bool = False, ax: Axes | None = None, merge: str | Spans | None = None
+        self,
+        show: bool = False,
+        ax: Axes | None = None,
+        merge: str | Spans | None = None,
+        figsize: tuple[float, float] | None = None,
+        title: str | None = None,
+        top: int | None = None,
+        provenance: bool = False,
     ) -> tuple[Figure, Axes] | None:
         """Plot the sequence attribution: bars, or shaded text for more than 60 input tokens.
 
@@ -63,16 +79,31 @@ class DisplayMixin:
             show: True shows the plot and returns None; False (default) returns (figure, axes).
             ax: axes to draw into; None (default) for a new figure.
             merge: "word" or spans to `merge` first; None (default) for tokens.
+            figsize: width and height of a new figure in inches; None (default) for what fits.
+            title: a line above the plot; None (default) for none.
+            top: only the features of largest sequence attribution; None (default) for all.
+            provenance: write where the result comes from below the plot (default False).
         """
-        result = self._merged(merge)
-        draw = draw_bars if len(result.input_tokens) <= _MOST_BARS else draw_shaded_text
-        values = array(result.seq_attr)
-        scale = ColorScale.of(values, self.starts_prompt)
-        drawn = draw(values, result.input_tokens, "Sequence Attribution", ax, scale)
-        return return_or_show(drawn, show)
+        result = self._merged(merge)._kept(top)
+        values, label = array(result.seq_attr), "Sequence Attribution"
+        scale = ColorScale.of(values, result.starts_prompt)
+        ax = sized_axes(ax, figsize)
+        if len(values) <= _MOST_BARS:
+            spread = None if result.spread is None else array(result.spread)
+            drawn = draw_bars(values, result.input_tokens, label, ax, scale, spread)
+        else:
+            drawn = draw_shaded_text(values, result.input_tokens, label, ax, scale)
+        return self._finished(drawn, show, title, provenance)
 
     def plot_token_attr(
-        self, show: bool = False, ax: Axes | None = None, merge: str | Spans | None = None
+        self,
+        show: bool = False,
+        ax: Axes | None = None,
+        merge: str | Spans | None = None,
+        figsize: tuple[float, float] | None = None,
+        title: str | None = None,
+        top: int | None = None,
+        provenance: bool = False,
     ) -> tuple[Figure, Axes] | None:
         """Plot output tokens by input tokens; after 60 input tokens the plot continues below.
 
@@ -80,22 +111,33 @@ class DisplayMixin:
             show: True shows the plot and returns None; False (default) returns (figure, axes).
             ax: axes to draw into; None (default) for a new figure.
             merge: "word" or spans to `merge` first; None (default) for tokens.
+            figsize: width and height of a new figure in inches; None (default) for what fits.
+            title: a line above the plot; None (default) for none.
+            top: only the features of largest sequence attribution; None (default) for all.
+            provenance: write where the result comes from below the plot (default False).
 
         Raises:
             ValueError: the result has no `token_attr`; use `plot_seq_attr`.
         """
-        result = self._merged(merge)
+        result = self._merged(merge)._kept(top)
         if result.token_attr is None:
             raise ValueError(
                 "token_attr is None, since only the sequence was attributed: use plot_seq_attr, "
                 "or attribute with include_per_token_attr=True"
             )
         values, rows = array(result.token_attr), result._labels
-        scale = ColorScale.of(values, self.starts_prompt)
+        scale, ax = ColorScale.of(values, result.starts_prompt), sized_axes(ax, figsize)
         drawn = draw_heat_map(values, rows, result.input_tokens, "Token Attribution", ax, scale)
-        return return_or_show(drawn, show)
+        return self._finished(drawn, show, title, provenance)
 
-    def plot_path(self, show: bool = False, ax: Axes | None = None) -> tuple[Figure, Axes] | None:
+    def plot_path(
+        self,
+        show: bool = False,
+        ax: Axes | None = None,
+        figsize: tuple[float, float] | None = None,
+        title: str | None = None,
+        provenance: bool = False,
+    ) -> tuple[Figure, Axes] | None:
         """Plot the sequence score along the path from baseline (0) to input (1).
 
         Each dot is a point at which the model ran; adaptive quadrature takes more points where
@@ -105,6 +147,9 @@ class DisplayMixin:
         Args:
             show: True shows the plot and returns None; False (default) returns (figure, axes).
             ax: axes to draw into; None (default) for a new figure.
+            figsize: width and height of a new figure in inches; None (default) for 8 by 3.6.
+            title: a line above the plot; None (default) for the points and scores.
+            provenance: write where the result comes from below the plot (default False).
 
         Raises:
             ValueError: the method has no path, or several layers have different paths.
@@ -116,7 +161,8 @@ class DisplayMixin:
                 "result[name].plot_path()"
             )
         points, scores = array(self.score_path)
-        return return_or_show(draw_path(points, scores, ax), show)
+        drawn = draw_path(points, scores, sized_axes(ax, figsize))
+        return self._finished(drawn, show, title, provenance)
 
     def to_text(
         self, color: bool = True, width: int | None = None, merge: str | Spans | None = None
@@ -172,7 +218,12 @@ class DisplayMixin:
 
     def _view(self) -> str:
         return render_view(
-            self._title(), self.input_tokens, self._labels, self._views(), self._footers()
+            self._title(),
+            self.input_tokens,
+            self._labels,
+            self._views(),
+            self._footers(),
+            [] if self.provenance is None else self.provenance.lines(),
         )
 
     def _views(self) -> list[View]:
@@ -212,11 +263,16 @@ class DisplayMixin:
     def _merged(self, merge: str | Spans | None) -> Self:
         return self if merge is None else self.merge(merge)
 
+    def _kept(self, top: int | None) -> Self:
+        """The features of largest sequence attribution alone, in the order of the prompt."""
+        if top is None:
+            return self
+        return self._selected(sorted(largest(array(self.seq_attr), top)))
 
-def return_or_show(drawn: tuple[Figure, Axes], show: bool) -> tuple[Figure, Axes] | None:
-    if not show:
-        return drawn
-    import matplotlib.pyplot as plt
-
-    plt.show()
-    return None
+    def _finished(
+        self, drawn: tuple[Figure, Axes], show: bool, title: str | None, provenance: bool
+    ) -> tuple[Figure, Axes] | None:
+        if provenance:
+            known = self.provenance
+            say_below(drawn[0], ["origin unknown"] if known is None else known.lines())
+        return finished(drawn, show, title)

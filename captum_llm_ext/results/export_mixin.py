@@ -37,7 +37,7 @@ class ExportMixin:
 
         Example:
             >>> result.to_dataframe()["sequence"].nlargest(2).index.tolist()
-            ['The', 'Ġcapital']
+            ['The', 'capital']
         """
         return long_frame(self) if long else wide_frame(self)
 
@@ -68,10 +68,11 @@ class ExportMixin:
         """The result that `to_json` stored, of its class, on the CPU and without `inp`.
 
         Args:
-            source: the JSON text, or a pathlib.Path of a file with it.
+            source: the JSON text, which begins with "{", or the path of a file with it.
 
         Raises:
-            ValueError: damaged text, a newer version of the format, or a result of another class.
+            ValueError: no such file, damaged text, a newer version of the format, or a result of
+                another class.
             OSError: the file cannot be read.
 
         Example:

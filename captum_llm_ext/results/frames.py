@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from captum_llm_ext.display import distinct_names
+from captum_llm_ext.display import clean_labels, distinct_names
 from captum_llm_ext.results.json_format import fields_of
 from captum_llm_ext.results.values import FloatArray, array
 
@@ -32,33 +32,33 @@ def named_arrays(result: Any) -> dict[str, FloatArray]:
 
 def wide_frame(result: Any) -> DataFrame:
     """A row for each input token, and columns for the sequence and each output token."""
-    pandas = _pandas()
+    pandas = pandas_module()
     columns, headings = [array(result.seq_attr)], [SEQUENCE]
     if result.token_attr is not None:
         columns += list(array(result.token_attr))
-        headings += result.output_tokens
+        headings += clean_labels(result._labels)
     return pandas.DataFrame(
         np.stack(columns, axis=1),
-        index=pandas.Index(distinct_names(result.input_tokens), name="input_token"),
+        index=pandas.Index(distinct_names(result.labels), name="input_token"),
         columns=pandas.Index(distinct_names(headings), name="output_token"),
     )
 
 
 def long_frame(result: Any) -> DataFrame:
     """A row for each output and input token; rows of the sequence have no output token."""
-    pandas = _pandas()
+    pandas = pandas_module()
     values = array(result.seq_attr)[None]
     if result.token_attr is not None:
         values = np.concatenate([values, array(result.token_attr)])
     n_rows, n_input = values.shape
-    outputs = [None, *result.output_tokens][:n_rows]
+    outputs = [None, *clean_labels(result._labels)][:n_rows]
     positions = pandas.array([None, *range(n_rows - 1)], dtype="Int64")
     return pandas.DataFrame(
         {
             "output_position": positions.repeat(n_input),
             "output_token": pandas.array(outputs, dtype="string").repeat(n_input),
             "input_position": np.tile(np.arange(n_input), n_rows),
-            "input_token": pandas.array(result.input_tokens * n_rows, dtype="string"),
+            "input_token": pandas.array(result.labels * n_rows, dtype="string"),
             "attribution": values.ravel(),
         }
     )
@@ -66,11 +66,12 @@ def long_frame(result: Any) -> DataFrame:
 
 def layered_frame(frames: dict[str, DataFrame], long: bool) -> DataFrame:
     """The frames of all layers, with the layer as first level of the index or first column."""
-    stacked = _pandas().concat(frames, names=["layer"])
+    stacked = pandas_module().concat(frames, names=["layer"])
     return stacked.reset_index("layer").reset_index(drop=True) if long else stacked
 
 
-def _pandas() -> Any:
+def pandas_module() -> Any:
+    """pandas, or an error that says how to install it."""
     try:
         import pandas
     except ImportError as error:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SCHEMA, VERSION = "captum_llm_ext.results", 1
+from captum_llm_ext.results.provenance import Provenance
+
+SCHEMA, VERSION = "captum_llm_ext.results", 2
 _NOT_FINITE = ("NaN", "Infinity", "-Infinity")  # stored as strings: JSON has no such numbers
 _LONGEST_QUOTE = 60  # characters of a damaged value in an error message
 
@@ -26,7 +29,7 @@ class Field:
     """How an attribute is stored: `read(name, write(name, value))` equals the value.
 
     `read` raises ValueError and `write` raises TypeError, with the name of the attribute. added:
-    whether texts of the same version may lack it, and then mean None.
+    whether earlier texts may lack it, and then mean None.
     """
 
     write: Callable[[str, Any], Any]
@@ -121,8 +124,17 @@ _FLAG = _optional(_plain(bool, "true, false or null"))
 _TENSOR = Field(_write_tensor, _read_tensor)
 _MAYBE_TENSOR = _optional(_TENSOR)
 
+
+def _read_provenance(name: str, stored: Any) -> Provenance:
+    try:
+        return Provenance(**stored)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: {error}; the JSON text is damaged") from None
+
+
+_PROVENANCE = Field(lambda _, value: asdict(value), _read_provenance)
 _ADDED = {
-    "method": replace(_optional(_TEXT), added=True),
+    "provenance": replace(_optional(_PROVENANCE), added=True),
     "output_labels": replace(_optional(_TEXTS), added=True),
     "starts_prompt": replace(_FLAG, added=True),
 }
@@ -134,6 +146,7 @@ _OF_EVERY_RESULT = {
     "output_probs": _MAYBE_TENSOR,
     "convergence_delta": _MAYBE_TENSOR,
     "norm": _optional(_TEXT),
+    "spread": replace(_MAYBE_TENSOR, added=True),
 } | _ADDED
 _OF_ONE_LAYER = _OF_EVERY_RESULT | {
     "hidden_attr": _MAYBE_TENSOR,
@@ -201,6 +214,8 @@ def read_json(source: str | Path) -> tuple[str, dict[str, Any]]:
     if not isinstance(kind, str) or kind not in FIELDS:
         raise _damaged("kind", " or ".join(FIELDS), kind)
     fields = FIELDS[kind]
+    if "method" in document:  # as schema 1 had it
+        document["provenance"] = {"method": document.pop("method")}
     document = {name: None for name, field in fields.items() if field.added} | document
     for name in sorted(document.keys() ^ fields.keys()):
         state = "missing" if name in fields else "unknown"
@@ -210,9 +225,14 @@ def read_json(source: str | Path) -> tuple[str, dict[str, Any]]:
 
 def _document(source: str | Path) -> dict[str, Any]:
     """The JSON object of a result, in a version that can be read."""
-    expected = "expected the JSON text of a result, or a pathlib.Path of a file that holds it"
+    expected = "expected the JSON text of a result, or the path of a file that holds it"
     if not isinstance(source, str | Path):
         raise TypeError(f"{expected}; got {type(source).__name__}")
+    if isinstance(source, str) and not source.lstrip().startswith("{"):
+        if not os.path.isfile(source):
+            quote = source if len(source) <= _LONGEST_QUOTE else source[:_LONGEST_QUOTE] + "…"
+            raise ValueError(f"{expected}; {quote!r} is no file, and no JSON or damaged JSON")
+        source = Path(source)
     try:
         text = source.read_text(encoding="utf-8") if isinstance(source, Path) else source
         document = json.loads(text)

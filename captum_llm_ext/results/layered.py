@@ -17,10 +17,11 @@ from captum_llm_ext.display import (
     draw_heat_map,
     relative_to_rows,
     short_layer_names,
+    sized_axes,
 )
-from captum_llm_ext.results.display_mixin import return_or_show
 from captum_llm_ext.results.frames import layered_frame
 from captum_llm_ext.results.merge import Spans
+from captum_llm_ext.results.provenance import Provenance
 from captum_llm_ext.results.single import LLMAttributionResult
 from captum_llm_ext.results.values import (
     array,
@@ -66,12 +67,14 @@ class LLMLayerAttributionResult(LLMAttributionResult, Mapping[str, LLMAttributio
             shape (2, n_points), or None (default).
         norm: "l1", "l2" or "linf" where values are norms of gradients; None (default) where values
             are attributions that add up.
-        method: the method that made it, by the name that `explain` has for it; None (default) where
-            another caller did. It does not count when results are compared.
         output_labels: names of the output tokens in tables and plots, which keep leading spaces;
             None (default) for `output_tokens`.
         starts_prompt: whether the first input token is the first token of the prompt, where
             attention sinks are; None (default) for what `inp` says, False without it.
+        provenance: what made the result, see `Provenance`; None (default) where it is not known. It
+            does not count when results are compared.
+        spread: standard deviation of `seq_attr` over the results of which this is the mean, shape
+            (n_input,), or None (default).
 
     Raises:
         ValueError: a shape does not fit the tokens and layers, or a name comes twice.
@@ -109,9 +112,10 @@ class LLMLayerAttributionResult(LLMAttributionResult, Mapping[str, LLMAttributio
         layer_converged: Sequence[bool | None] | None = None,
         norm: str | None = None,
         layer_score_paths: Sequence[Tensor | None] | None = None,
-        method: str | None = None,
         output_labels: list[str] | None = None,
         starts_prompt: bool | None = None,
+        provenance: Provenance | None = None,
+        spread: Tensor | None = None,
     ) -> None:
         self.layer_names = _distinct_layer_names(layer_names)
         n_layers = len(self.layer_names)
@@ -141,9 +145,10 @@ class LLMLayerAttributionResult(LLMAttributionResult, Mapping[str, LLMAttributio
             converged=all(converged) if converged else None,
             norm=norm,
             score_path=_common_path(self.layer_score_paths),
-            method=method,
             output_labels=output_labels,
             starts_prompt=starts_prompt,
+            provenance=provenance,
+            spread=spread,
         )
         rows = layers if layer_mode == "independent" else {}
         self.convergence_delta = optional_tensor(
@@ -180,8 +185,8 @@ class LLMLayerAttributionResult(LLMAttributionResult, Mapping[str, LLMAttributio
             converged=self.layer_converged[index],
             norm=self.norm,
             score_path=self.layer_score_paths[index],
-            method=self.method,
             output_labels=self.output_labels,
+            provenance=self.provenance,
             starts_prompt=self.starts_prompt,
         )
 
@@ -210,9 +215,9 @@ class LLMLayerAttributionResult(LLMAttributionResult, Mapping[str, LLMAttributio
             converged=self.converged,
             norm=self.norm,
             score_path=self.score_path,
-            method=self.method,
             output_labels=self.output_labels,
             starts_prompt=self.starts_prompt,
+            provenance=self.provenance,
         )
 
     def __iter__(self) -> Iterator[str]:
@@ -230,6 +235,10 @@ class LLMLayerAttributionResult(LLMAttributionResult, Mapping[str, LLMAttributio
         ax: Axes | None = None,
         normalize: bool = True,
         merge: str | Spans | None = None,
+        figsize: tuple[float, float] | None = None,
+        title: str | None = None,
+        top: int | None = None,
+        provenance: bool = False,
     ) -> tuple[Figure, Axes] | None:
         """Plot layers by input tokens, the first layer at the bottom.
 
@@ -239,16 +248,20 @@ class LLMLayerAttributionResult(LLMAttributionResult, Mapping[str, LLMAttributio
             normalize: divide each layer by its largest absolute value, but for an attention sink
                 at the first token (default True, since layers differ by orders of magnitude).
             merge: "word" or spans to `merge` first; None (default) for tokens.
+            figsize: width and height of a new figure in inches; None (default) for what fits.
+            title: a line above the plot; None (default) for none.
+            top: only the features of largest sequence attribution; None (default) for all.
+            provenance: write where the result comes from below the plot (default False).
         """
-        result = self._merged(merge)
+        result = self._merged(merge)._kept(top)
         values, label = array(result.layer_seq_attr), "Sequence Attribution"
-        scale = ColorScale.of(values, self.starts_prompt)
+        scale, ax = ColorScale.of(values, result.starts_prompt), sized_axes(ax, figsize)
         if normalize:
-            values, scale = relative_to_rows(values, self.starts_prompt)
+            values, scale = relative_to_rows(values, result.starts_prompt)
             label += " / largest of the layer"
         names = short_layer_names(self.layer_names)
         drawn = draw_heat_map(values[::-1], names[::-1], result.input_tokens, label, ax, scale)
-        return return_or_show(drawn, show)
+        return self._finished(drawn, show, title, provenance)
 
     def to_dataframe(self, long: bool = False) -> DataFrame:
         frames = {name: layer.to_dataframe(long) for name, layer in self.items()}

@@ -48,7 +48,24 @@ def merged_fields(fields: dict[str, Any], merge: str | Spans, inp: Any) -> dict[
         if name in _MERGED and value is not None
     }
     separator = "" if are_tokens else " "
+    if "spread" in fields:  # that of a sum does not follow from those of its parts
+        merged["spread"] = None
     return fields | merged | {"input_tokens": [separator.join(texts[a:b]) for a, b in spans]}
+
+
+def selected_fields(fields: dict[str, Any], kept: Sequence[int]) -> dict[str, Any]:
+    """The attributes of a result with some of its input tokens alone."""
+
+    def columns(name: str, value: Any) -> Any:
+        if name != "hidden_attr":
+            return value[..., list(kept)]
+        if isinstance(value, dict):
+            return {key: one if one is None else one[:, list(kept)] for key, one in value.items()}
+        return value[:, list(kept)]
+
+    by_column = [*_MERGED, "spread"]
+    chosen = {n: columns(n, v) for n, v in fields.items() if n in by_column and v is not None}
+    return fields | chosen | {"input_tokens": [fields["input_tokens"][i] for i in kept]}
 
 
 def _merged_columns(values: Tensor, spans: Spans, norm: str | None) -> Tensor:

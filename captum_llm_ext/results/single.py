@@ -10,13 +10,17 @@ from captum.attr import InterpretableInput, TextTokenInput
 from captum.attr import LLMAttributionResult as CaptumLLMAttributionResult
 from torch import Tensor
 
-from captum_llm_ext.display import distinct_names
+from captum_llm_ext.display import clean_labels, distinct_names
 from captum_llm_ext.inputs.token_text import readable_tokens
+from captum_llm_ext.results.arithmetic import ArithmeticMixin
 from captum_llm_ext.results.display_mixin import DisplayMixin
 from captum_llm_ext.results.export_mixin import ExportMixin
 from captum_llm_ext.results.json_format import fields_of
-from captum_llm_ext.results.merge import Spans, merged_fields
+from captum_llm_ext.results.merge import Spans, merged_fields, selected_fields
+from captum_llm_ext.results.provenance import Provenance
+from captum_llm_ext.results.tables import Table, top_table
 from captum_llm_ext.results.values import (
+    NamedValues,
     array,
     checked_labels,
     checked_norm,
@@ -30,7 +34,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class LLMAttributionResult(DisplayMixin, ExportMixin, CaptumLLMAttributionResult):
+class LLMAttributionResult(ArithmeticMixin, DisplayMixin, ExportMixin, CaptumLLMAttributionResult):
     """Attribution of each input token to each output token and to the whole output.
 
     A `captum.attr.LLMAttributionResult` whose tensors are float32, detached, and on the device of
@@ -56,12 +60,14 @@ class LLMAttributionResult(DisplayMixin, ExportMixin, CaptumLLMAttributionResult
             (default); see `plot_path`.
         norm: "l1", "l2" or "linf" where values are norms of gradients; None (default) where values
             are attributions that add up.
-        method: the method that made it, by the name that `explain` has for it; None (default) where
-            another caller did. It does not count when results are compared.
         output_labels: names of the output tokens in tables and plots, which keep leading spaces;
             None (default) for `output_tokens`.
         starts_prompt: whether the first input token is the first token of the prompt, where
             attention sinks are; None (default) for what `inp` says, False without it.
+        provenance: what made the result, see `Provenance`; None (default) where it is not known. It
+            does not count when results are compared.
+        spread: standard deviation of `seq_attr` over the results of which this is the mean, shape
+            (n_input,), or None (default).
 
     Raises:
         ValueError: a shape does not fit the tokens, or the norm is unknown.
@@ -98,11 +104,12 @@ class LLMAttributionResult(DisplayMixin, ExportMixin, CaptumLLMAttributionResult
         converged: bool | None = None,
         norm: str | None = None,
         score_path: Tensor | None = None,
-        method: str | None = None,
         output_labels: list[str] | None = None,
         starts_prompt: bool | None = None,
+        provenance: Provenance | None = None,
+        spread: Tensor | None = None,
     ) -> None:
-        self.method = method
+        self.provenance = provenance
         self.n_evaluations, self.converged, self.norm = n_evaluations, converged, checked_norm(norm)
         super().__init__(
             input_tokens=token_list("input_tokens", input_tokens),
@@ -118,8 +125,14 @@ class LLMAttributionResult(DisplayMixin, ExportMixin, CaptumLLMAttributionResult
         self.convergence_delta = optional_tensor(
             "convergence_delta", convergence_delta, {"n_output": n_output}, {"sequence": 1}
         )
+        self.spread = optional_tensor("spread", spread, {"n_input": len(self.input_tokens)})
         self._hidden_attr: Any = self._checked_hidden("hidden_attr", hidden_attr)
         self.score_path = optional_tensor("score_path", score_path, {"rows": 2, "points": None})
+
+    @property
+    def method(self) -> str | None:
+        """The name of the method that made the result, where it is known."""
+        return None if self.provenance is None else self.provenance.method
 
     @property
     def seq_attr(self) -> Tensor:
@@ -159,10 +172,48 @@ class LLMAttributionResult(DisplayMixin, ExportMixin, CaptumLLMAttributionResult
         return self._hidden_attr
 
     @property
+    def labels(self) -> list[str]:
+        """Names of the input tokens in tables and plots, as text.
+
+        They have no marks of a vocabulary ("Ġ", "▁", bytes) and no outer spaces. Where two tokens
+        differ by their spaces alone, these stay.
+        """
+        return clean_labels(self.input_tokens)
+
+    @property
     def seq_attr_dict(self) -> dict[str, float]:
-        """Token → attribution; repeated tokens are named "the", "the (2)", "the (3)"."""
-        names = distinct_names(self.input_tokens)
-        return dict(zip(names, self.seq_attr.tolist(), strict=True))
+        """Label → attribution; repeated ones are named "the", "the (2)", "the (3)".
+
+        `input_tokens` as the vocabulary has them ("ĠFrance") are found too.
+        """
+        values = self.seq_attr.tolist()
+        raw = zip(distinct_names(self.input_tokens), values, strict=True)
+        return NamedValues(zip(distinct_names(self.labels), values, strict=True), dict(raw))
+
+    def top(self, k: int | None = 10, merge: str | Spans | None = None) -> Table:
+        """The features of largest sequence attribution, the largest magnitude first.
+
+        Args:
+            k: how many (default 10); None for all.
+            merge: "word" or spans to `merge` first; None (default) for tokens.
+
+        Returns:
+            A `Table` that prints as text, shows as HTML, and has `to_dataframe`. Each row has the
+            feature's `name`, `attribution`, `share` of the sum of all magnitudes, and `position`.
+
+        Raises:
+            ValueError: k is not a whole number of at least 1.
+
+        Example:
+            >>> result = LLMAttributionResult(
+            ...     input_tokens=["ĠFrance", "Ġis"], output_tokens=["ĠParis"], seq_attr=[3.0, -1.0]
+            ... )
+            >>> result.top(1)
+            name    attribution  share  position
+            France            3   0.75         0
+        """
+        result = self._merged(merge)
+        return top_table(array(result.seq_attr), result.labels, k)
 
     def merge(self, spans: str | Spans = "word") -> Self:
         """The result with several input tokens as one: the tokens of each word, or of each span.
@@ -191,24 +242,36 @@ class LLMAttributionResult(DisplayMixin, ExportMixin, CaptumLLMAttributionResult
             ...     seq_attr=[1.0, 2.0, 3.0, 4.0],
             ... )
             >>> result.merge("word").seq_attr_dict
-            {' unbelievable': 6.0, ' news': 4.0}
+            {'unbelievable': 6.0, 'news': 4.0}
         """
+        return type(self)(**merged_fields(self._stored_fields(), spans, self.inp))
+
+    def _selected(self, kept: list[int]) -> Self:
+        """The result with some of its input tokens alone, without `inp`."""
+        starts = self.starts_prompt and kept[0] == 0
+        fields = selected_fields(self._stored_fields(), kept)
+        return type(self)(**fields | {"starts_prompt": starts})
+
+    def _stored_fields(self) -> dict[str, Any]:
+        """The arguments that make this result, but `inp`."""
         stored = [name for name in fields_of(self) if name not in self._computed]
-        fields = {name: getattr(self, name) for name in stored}
-        return type(self)(**merged_fields(fields, spans, self.inp))
+        return {name: getattr(self, name) for name in stored}
 
     def __repr__(self) -> str:
         values, tokens = array(self.seq_attr), readable_tokens(self.input_tokens, 20)
         largest = np.argsort(-np.abs(np.nan_to_num(values)), kind="stable")[:3]
         top = ", ".join(f"'{tokens[i]}' {values[i]:.3g}" for i in largest)
-        return f"{type(self).__name__}({self._title()}, top: {top})"
+        known = self.provenance.summary() if self.provenance else ""
+        said = ", ".join(filter(None, [self._title(), known]))
+        return f"{type(self).__name__}({said}, top: {top})"
 
     def __eq__(self, other: object) -> bool:
         if type(other) is not type(self):
             return NotImplemented
         mine, theirs = vars(self), vars(other)
-        compared = mine.keys() - {"inp", "method"}
-        return all(equal(mine[name], theirs.get(name)) for name in compared)
+        return all(
+            equal(mine[name], theirs.get(name)) for name in mine.keys() - {"inp", "provenance"}
+        )
 
     def _checked_hidden(self, name: str, hidden_attr: Tensor | None) -> Tensor | None:
         inputs = {"n_input": len(self.input_tokens), "hidden": None}

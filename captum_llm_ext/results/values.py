@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +11,28 @@ import torch
 from torch import Tensor
 
 FloatArray = npt.NDArray[np.float32]
+
+
+class NamedValues(dict[str, float]):
+    """Values by name, which are found by other names too; these are no entries.
+
+    >>> values = NamedValues({"cat": 1.0}, {"Ġcat": 1.0})
+    >>> values, values["Ġcat"], "Ġcat" in values
+    ({'cat': 1.0}, 1.0, True)
+    """
+
+    def __init__(self, values: Any, others: Mapping[str, float]) -> None:
+        super().__init__(values)
+        self._others = others
+
+    def __missing__(self, name: str) -> float:
+        return self._others[name]
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) or name in self._others
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return super().get(name, self._others.get(name, default))
 
 
 def token_list(name: str, tokens: Sequence[str]) -> list[str]:

@@ -80,6 +80,21 @@ def warn_of_ended_prompt(inp: InterpretableInput, prompt: Tensor, tokenizer: Any
     )
 
 
+def warn_of_other_tokenizer(inp: InterpretableInput, prompt: Tensor, tokenizer: Any) -> None:
+    """Warn where another tokenizer made the prompt's ids (1, n_prompt), which mean other tokens."""
+    made_by = getattr(inp, "tokenizer", tokenizer)
+    if made_by is tokenizer:
+        return
+    ids = prompt[0].tolist()
+    theirs, ours = (list(one.convert_ids_to_tokens(ids)) for one in (made_by, tokenizer))
+    wrong = next(((a, b) for a, b in zip(theirs, ours, strict=True) if a != b), None)
+    if wrong is not None:
+        warn(
+            f"another tokenizer made this input: what it meant as {wrong[0]!r} is {wrong[1]!r} to "
+            "the tokenizer of this attribution, and so to its model: make the input with that one",
+        )
+
+
 def warn_of_low_precision(precision: torch.dtype, sites: Sequence[Site], model: nn.Module) -> None:
     """Warn of a path from the embeddings in 16 bits, which cannot resolve its spikes.
 

@@ -27,6 +27,7 @@ from captum_llm_ext.scoring.checks import (
     is_random,
     warn_of_dropout,
     warn_of_ended_prompt,
+    warn_of_other_tokenizer,
 )
 from captum_llm_ext.scoring.context import check_context, generating
 from captum_llm_ext.scoring.tasks import Request, Task, task_of
@@ -120,6 +121,7 @@ def prepare(
     check_reads_tokens(model)
     task = task_of(model)
     model, known = original(model), known_of(model)
+    warn_of_other_tokenizer(inp, prompt, tokenizer)
     check_vocabulary(model, prompt[0])
     with generating(model, prompt.size(1)) if request.target is None else nullcontext():
         forcing = task.teacher_forcing(model, tokenizer, prompt, request)

@@ -15,6 +15,7 @@ from tests.models.families import VOCAB_SIZE, tiny_model, tiny_tokenizer
 from tests.models.shared_states import SHARING, sharing_model
 from tests.oracles.attention import eager_weights
 from tests.oracles.cases import assert_close, prompt_input, target_ids
+from tests.scoring.test_wrapped_models import Shifts
 
 REDUCTIONS = ["mean", "max", "rollout", "flow"]
 
@@ -122,6 +123,15 @@ def test_two_attentions_in_a_block_are_refused(reduction: str) -> None:
     layers[2].self_attn = ByHand()
     with pytest.raises(ValueError, match="block 1 holds two attentions"):
         read(model, reduction=reduction)
+
+
+@pytest.mark.parametrize("reduction", [*REDUCTIONS, "value_norm"])
+def test_tokens_that_the_model_adds_are_refused(reduction: str) -> None:
+    """Virtual tokens, as of prompt tuning, stand where the prompt's first ones are looked for."""
+    with pytest.raises(
+        ValueError, match=r"Shifts .*adds tokens of its own|no weights .* of all tokens to"
+    ):
+        read(Shifts(tiny_model("llama")), reduction=reduction)
 
 
 class WithValues(nn.Module):

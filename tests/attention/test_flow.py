@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM, GraniteConfig
 
 from captum_llm_ext import LLMAttentionAttribution, LLMAttributionResult, explain
@@ -189,6 +189,40 @@ def test_a_factor_of_the_residual_connection_counts(factor: float) -> None:
     rows = [flow for flow in flows if len(flow.states) == COUNT]
     for flow, state in zip(rows, mid, strict=True):
         torch.testing.assert_close(flow.whole, state.detach(), rtol=1e-4, atol=1e-4)
+
+
+class Adapted(nn.Module):
+    """A linear layer and what an adapter adds to it, as LoRA's layers have both."""
+
+    def __init__(self, base_layer: Any) -> None:
+        super().__init__()
+        self.base_layer, self.drop = base_layer, nn.Dropout(0.1)
+        self.added = nn.Linear(base_layer.in_features, base_layer.out_features, bias=False)
+        torch.nn.init.normal_(self.added.weight, std=0.3)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base_layer.weight
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self.base_layer(x, *args, **kwargs) + self.added(self.drop(x))
+
+
+@pytest.mark.parametrize("reduction", ["flow", "flow_rollout", "value_norm"])
+def test_an_adapter_of_the_output_projection_counts(reduction: str) -> None:
+    """The same as a model whose projection has both weights in one."""
+    torch.manual_seed(0)
+    adapted, merged = tiny_model("llama", fresh=True), tiny_model("llama", fresh=True)
+    for i in range(4):
+        attention = adapted.get_submodule(f"model.layers.{i}.self_attn")
+        attention.o_proj = Adapted(attention.o_proj)
+        with torch.no_grad():
+            projection = merged.get_submodule(f"model.layers.{i}.self_attn.o_proj")
+            projection.weight.add_(attention.o_proj.added.weight)
+    adapted.eval()
+    found, expected = (read(model, reduction=reduction) for model in (adapted, merged))
+    torch.testing.assert_close(found.token_attr, expected.token_attr, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.seq_attr, expected.seq_attr, rtol=1e-4, atol=1e-5)
 
 
 def test_a_result_is_stored_and_read() -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib.util
 import json
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from filelock import FileLock
 
-from captum_llm_ext import LLMAttributionResult, TextTemplateInput, explain
+from captum_llm_ext import LLMAttributionResult, TextTemplateInput, explain, read_batch
 from captum_llm_ext.batches import records as batch_records
 from captum_llm_ext.batches.processes import Process, this_process
 from tests.batches.cases import MALFORMED, many_lines, records, run, write_lines
@@ -26,7 +27,10 @@ SAMPLING = {
 
 def explained(prompt, target, *args, **kwargs):
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
-    return json.loads(explain(model, tokenizer, prompt, target, *args, **kwargs).to_json())
+    result = explain(model, tokenizer, prompt, target, *args, **kwargs)
+    assert result.provenance is not None
+    result.provenance = replace(result.provenance, seconds=None)  # it is not in the record
+    return json.loads(result.to_json())
 
 
 def test_two_prompts_give_two_results_in_their_order(tmp_path):
@@ -335,3 +339,30 @@ def test_parquet_without_pyarrow(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"captum-llm-ext\[export\]"):
         run(["Palm Coast"], tmp_path / "results.parquet")
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_a_finished_file_is_read_as_results_and_errors(tmp_path, ending):
+    if ending == "parquet":
+        pytest.importorskip("pyarrow")
+    out = tmp_path / f"results.{ending}"
+    run([{"prompt": "Palm", "target": " golf", "id": "a"}, {"prompt": ""}], out, method="saliency")
+    one, other = read_batch(out)
+    assert (one.line, one.id, one.is_error, one.error_type) == (1, "a", False, None)
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    assert one.result == explain(model, tokenizer, "Palm", " golf", "saliency")
+    assert one.result.provenance.method == "saliency"
+    assert one.result.provenance.seconds is None
+    assert (other.line, other.result, other.error_type) == (2, None, "ValueError")
+    assert "at least one character" in other.error_message
+
+
+def test_what_is_not_a_finished_batch_is_refused(tmp_path):
+    (tmp_path / "begun.jsonl.batch").mkdir()
+    with pytest.raises(ValueError, match="not finished"):
+        read_batch(tmp_path / "begun.jsonl")
+    with pytest.raises(ValueError, match="ends in"):
+        read_batch(tmp_path / "results.csv")
+    (tmp_path / "other.jsonl").write_text('{"prompt": "the cat"}')
+    with pytest.raises(ValueError, match="that batch wrote"):
+        list(read_batch(tmp_path / "other.jsonl"))

@@ -15,9 +15,9 @@ from captum_llm_ext import LLMAttributionResult, TextTokenInput, explain
 from captum_llm_ext.compat import CaptumTextTokenInput
 from captum_llm_ext.metrics.removal import no_gradients, open_prompts, sequence_scores
 from captum_llm_ext.scoring.tasks import Request
+from tests.benchmarks.attributed import BASELINE, result_of
 
 Game: TypeAlias = Callable[[Tensor], Tensor]
-BASELINE = "pad"
 
 
 def leave_one_out(game: Game, n: int) -> Tensor:
@@ -86,8 +86,9 @@ CANDIDATES: dict[str, Callable[[Game, int], Tensor]] = {
 }
 
 
-def result_of(name: str, model: nn.Module, tokenizer: Any, inp: Any, target: Tensor) -> Any:
-    """The attribution of a candidate as a result."""
+def by_candidate(
+    name: str, model: nn.Module, tokenizer: Any, inp: Any, target: Tensor
+) -> LLMAttributionResult:
     baseline = BASELINE if isinstance(inp, CaptumTextTokenInput) else None
     prompts = open_prompts(model, tokenizer, inp, Request(target), baseline)
 
@@ -95,13 +96,7 @@ def result_of(name: str, model: nn.Module, tokenizer: Any, inp: Any, target: Ten
         with no_gradients():
             return sequence_scores(prompts, rows.float())
 
-    attr = CANDIDATES[name](game, inp.n_itp_features)
-    return LLMAttributionResult(
-        input_tokens=list(inp.values),
-        output_tokens=tokenizer.convert_ids_to_tokens(target.tolist()),
-        seq_attr=attr,
-        inp=inp,
-    )
+    return result_of(CANDIDATES[name](game, inp.n_itp_features), inp, tokenizer, target)
 
 
 def first_token_aside(model: nn.Module, tokenizer: Any, inp: Any, target: Tensor) -> Any:

@@ -117,6 +117,7 @@ def test_every_method(stored, loaded, method):
         ),
         ("--method saliency --norm l2 --layers q_proj", {"norm": "l2", "layers": "q_proj"}),
         ("--method saliency --attr-target logit", {"attr_target": "logit"}),
+        ("--method relevance --rules attnlrp", {"rules": "attnlrp"}),
         ("--method saliency --include-generated", {"include_generated": True}),
         ("--method saliency --no-include-per-token-attr", {"include_per_token_attr": False}),
         ("--method saliency --include-hidden-attr", {"include_hidden_attr": True}),

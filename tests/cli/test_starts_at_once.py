@@ -18,6 +18,7 @@ from captum_llm_ext.inputs.chats import CHAT_FEATURES
 from captum_llm_ext.inputs.questions import QA_FEATURES
 from captum_llm_ext.inputs.targets import GRADIENT_TARGETS, PERTURBATION_TARGETS
 from captum_llm_ext.model.loading import QUANTIZATIONS
+from captum_llm_ext.model.relevance_rules import RULES
 from captum_llm_ext.registry import CHOICES
 from captum_llm_ext.results.attention import OVER_LAYERS
 from captum_llm_ext.scoring.tasks import TASKS
@@ -96,6 +97,7 @@ IMPLEMENTED: dict[str, Collection[str]] = {
     "quadrature": {ADAPTIVE, *FIXED_RULES},
     "quantization": QUANTIZATIONS,
     "reduction": REDUCTIONS,
+    "rules": RULES,
     "task": TASKS,
 }
 

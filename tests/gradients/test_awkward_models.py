@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -65,6 +65,33 @@ def test_a_layer_that_sees_no_tokens_leaves_the_other_deltas() -> None:
     assert not result.convergence_delta[2].any()
     saliency = attribute(LayerSaliency(model, ["q_proj", "model.rotary_emb"], norm="linf"))
     assert not saliency["model.rotary_emb"].token_attr.any()
+
+
+class Named(NamedTuple):
+    states: Tensor
+    more: None = None
+
+
+@pytest.mark.parametrize("made", [Named, lambda states: {"states": states}, lambda x: [x]])
+@pytest.mark.parametrize("method", [LayerGradientXActivation, LayerIntegratedGradients])
+def test_a_block_that_returns_something_else(made: Any, method: Any) -> None:
+    """Blocks that give a named tuple, a dict or a list, read by a model that knows it."""
+    plain, other = tiny_model("llama"), tiny_model("llama", fresh=True)
+    for block in other.model.layers[:3]:
+        block.register_forward_hook(
+            lambda module, args, out: made(out) if isinstance(out, Tensor) else out
+        )
+    for block in other.model.layers[1:]:
+        block.register_forward_pre_hook(lambda module, args: (states_in(args[0]), *args[1:]))
+    name, options = "model.layers.1", {"n_steps": 3} if "Int" in method.__name__ else {}
+    expected = attribute(method(plain, name), **options)
+    assert_close(attribute(method(other, name), **options).token_attr, expected.token_attr)
+
+
+def states_in(output: Any) -> Tensor:
+    if isinstance(output, Tensor):
+        return output
+    return output["states"] if isinstance(output, dict) else output[0]
 
 
 class PositionsFirst(nn.Module):

@@ -10,6 +10,8 @@ import torch
 from captum.attr import FeatureAblation, LayerIntegratedGradients
 
 from captum_llm_ext import LLMAttribution, LLMGradientAttribution, TextTokenInput
+from captum_llm_ext.inputs.baselines import COMMON_WORDS
+from captum_llm_ext.inputs.tokens import with_baselines
 from tests.models.families import PROMPT, layer_names, tiny_model, tiny_tokenizer
 from tests.oracles.cases import (
     assert_close,
@@ -145,3 +147,31 @@ def test_a_text_without_tokens_is_no_baseline() -> None:
             target=target_ids(1),
             baselines=("text", ""),
         )
+
+
+# --- common words --------------------------------------------------------------------------------
+
+
+def words_in_place(spec: Any, form: str = "default") -> tuple[list[int], list[int]]:
+    """The prompt's ids, and those where all of its features are absent."""
+    inp: Any = with_baselines(prompt_input(form), spec, tiny_model("llama"))
+    absent = inp.to_model_input(torch.zeros(1, inp.n_itp_features))
+    return inp.inp_tensor[0].tolist(), absent[0].tolist()
+
+
+def test_common_words_stand_for_tokens_and_special_tokens_stay() -> None:
+    ids, words = words_in_place("common")
+    known = {tiny_tokenizer().decode([i]).strip() for i in range(len(tiny_tokenizer()))}
+    common = known & set(COMMON_WORDS.split())
+    special = set(tiny_tokenizer().all_special_ids)
+    assert ids[0] in special
+    assert words[0] == ids[0]
+    assert {tiny_tokenizer().decode([i]).strip() for i in words[1:]} <= common
+    assert len(set(words[1:])) > 1
+    assert words == words_in_place("common")[1] == words_in_place(("common", 0))[1]
+    assert words != words_in_place(("common", 1))[1]
+
+
+def test_common_words_that_cannot_be() -> None:
+    with pytest.raises(ValueError, match="seeds the words, got 'x'"):
+        words_in_place(("common", "x"))

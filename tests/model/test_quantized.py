@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -20,7 +21,13 @@ from captum.attr import (
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from captum_llm_ext import LayerSaliency, LLMAttribution, LLMGradientAttribution, load_model
+from captum_llm_ext import (
+    LayerRelevance,
+    LayerSaliency,
+    LLMAttribution,
+    LLMGradientAttribution,
+    load_model,
+)
 from captum_llm_ext.model.loading import DEMO_FOLDER, _cache_folder
 from tests.models.quantized import is_packed, layout, stored_weights, with_weights
 from tests.oracles.cases import assert_close, captum_attribution
@@ -45,6 +52,7 @@ METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
     "saliency": (LayerSaliency, {}),
     "gradient_x_activation": (LayerGradientXActivation, {}),
     "integrated_gradients": (LayerIntegratedGradients, {"n_steps": 4}),
+    "relevance": (partial(LayerRelevance, rules="attnlrp"), {}),
 }
 
 
@@ -95,7 +103,7 @@ def bar(name: str, method: str, layer: str) -> float | None:
         return 0.999
     if method == "integrated_gradients":
         return 0.98 if layer == Q_PROJ else None
-    return {"saliency": 0.99, "gradient_x_activation": 0.9}[method]
+    return {"saliency": 0.99, "gradient_x_activation": 0.9, "relevance": 0.9}[method]
 
 
 @pytest.mark.parametrize("method", METHODS)

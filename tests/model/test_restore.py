@@ -12,7 +12,7 @@ import torch
 from captum.attr import LayerGradientShap, LayerGradientXActivation, LayerIntegratedGradients
 from torch import nn
 
-from captum_llm_ext import LayerSaliency
+from captum_llm_ext import LayerRelevance, LayerSaliency
 from tests.models.families import BidirectionalToy, tiny_model
 from tests.oracles.cases import (
     assert_close,
@@ -23,7 +23,13 @@ from tests.oracles.cases import (
     target_ids,
 )
 
-METHODS = [LayerIntegratedGradients, LayerGradientXActivation, LayerGradientShap, LayerSaliency]
+METHODS = [
+    LayerIntegratedGradients,
+    LayerGradientXActivation,
+    LayerGradientShap,
+    LayerSaliency,
+    LayerRelevance,
+]
 LAYERS = {
     "embedding": "model.embed_tokens",
     "high block": "model.layers.2",  # the blocks under it are replayed

@@ -58,9 +58,10 @@ def test_the_last_token_stays_where_nothing_would_be_left() -> None:
     alone = TextTokenInput("Dave", tokenizer)
     alone.inp_tensor, alone.itp_tensor = alone.inp_tensor[:, -1:], alone.itp_tensor[:, -1:]
     alone.values, alone.n_itp_features = alone.values[-1:], 1
-    only = LLMAttribution(FeatureAblation(model), tokenizer).attribute(
-        alone, target=target_ids(1), baselines="remove"
-    )
+    with pytest.warns(UserWarning, match="is a single token, which stays .* is 0 whatever it does"):
+        only = LLMAttribution(FeatureAblation(model), tokenizer).attribute(
+            alone, target=target_ids(1), baselines="remove"
+        )
     assert only.seq_attr.tolist() == [0.0]
 
 

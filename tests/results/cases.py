@@ -9,10 +9,33 @@ import torch
 from hypothesis import strategies as st
 
 from captum_llm_ext.results import LLMAttributionResult, LLMLayerAttributionResult
+from captum_llm_ext.results.provenance import Provenance
 
 NORM = st.sampled_from([None, "l1", "l2", "linf"])
 TEXT = st.text(st.characters(codec=None, exclude_categories=()), max_size=6)  # lone surrogates too
 FLOATS = st.floats(width=32)  # also subnormal, infinite and not-a-number
+
+
+JSON_VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | TEXT,
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(TEXT, inner, max_size=2),
+    max_leaves=4,
+)
+PROVENANCE = st.builds(
+    Provenance,
+    method=st.none() | TEXT,
+    options=st.dictionaries(TEXT, JSON_VALUES, max_size=2),
+    baseline=JSON_VALUES,
+    model=st.none() | TEXT,
+    target_ids=st.none() | st.lists(st.integers(0, 10**6), max_size=3).map(tuple),
+    versions=st.dictionaries(TEXT, TEXT, max_size=2),
+    evaluations=st.none() | st.integers(0, 10**6),
+    seconds=st.none() | st.floats(0, 1e6),
+)
 
 
 @st.composite
@@ -36,6 +59,8 @@ def single_results(draw: st.DrawFn) -> LLMAttributionResult:
         converged=st.booleans(),
         output_labels=st.lists(TEXT, min_size=n_output, max_size=n_output),
         starts_prompt=st.booleans(),
+        provenance=PROVENANCE,
+        spread=tensors(n_input),
     )
     return LLMAttributionResult(
         **_tokens(draw, n_input, n_output),
@@ -64,6 +89,8 @@ def layered_results(draw: st.DrawFn) -> LLMLayerAttributionResult:
         layer_converged=_each(st.booleans(), names),
         output_labels=st.lists(TEXT, min_size=n_output, max_size=n_output),
         starts_prompt=st.booleans(),
+        provenance=PROVENANCE,
+        spread=tensors(n_input),
     )
     return LLMLayerAttributionResult(
         **_tokens(draw, n_input, n_output),

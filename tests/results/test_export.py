@@ -18,6 +18,7 @@ from captum_llm_ext.results import LLMAttributionResult, LLMLayerAttributionResu
 from tests.models.families import tiny_model, tiny_tokenizer
 from tests.results.cases import layered_results, single_results
 
+DATA = Path(__file__).parents[1] / "data"
 LAYERS = ["model.layers.0.mlp", "model.layers.1.mlp"]
 SINGLE = LLMAttributionResult(
     input_tokens=["The", "Ġcat", "The"],
@@ -53,6 +54,7 @@ def test_json_gives_the_same_result_to_the_last_bit(result):
     read = LLMAttributionResult.from_json(result.to_json())
     assert type(read) is type(result)
     assert read == result
+    assert read.provenance == result.provenance
     assert bits(read.seq_attr) == bits(result.seq_attr)
     if result.token_attr is not None:
         assert bits(read.token_attr) == bits(result.token_attr)
@@ -105,7 +107,21 @@ def test_json_files(tmp_path, result, as_path):
     file = tmp_path / "result.json"
     text = result.to_json(as_path(file))
     assert file.read_text(encoding="utf-8") == text
-    assert LLMAttributionResult.from_json(file) == result
+    assert LLMAttributionResult.from_json(as_path(file)) == result
+
+
+@pytest.mark.parametrize("file", sorted(DATA.glob("schema_*.json")), ids=lambda path: path.stem)
+def test_files_of_every_version_are_read(file):
+    """Written by `tests/results/make_schema_files.py` when each version was the newest."""
+    document = json.loads(file.read_text(encoding="utf-8"))
+    read = LLMAttributionResult.from_json(file)
+    assert type(read).__name__ == document["kind"]
+    assert read.input_tokens == document["input_tokens"]
+    for name in ("seq_attr", "layer_seq_attr", "attention"):
+        if name in document:
+            torch.testing.assert_close(getattr(read, name), torch.tensor(document[name]))
+    assert (read.provenance is None) == (document["version"] == 1)
+    assert LLMAttributionResult.from_json(read.to_json()) == read
 
 
 def test_a_class_reads_only_its_results():
@@ -115,8 +131,8 @@ def test_a_class_reads_only_its_results():
 
 
 def test_a_newer_version_asks_for_an_upgrade():
-    newer = SINGLE.to_json().replace('"version": 1', '"version": 2')
-    with pytest.raises(ValueError, match=r"newer captum_llm_ext.*version 2.*upgrade"):
+    newer = SINGLE.to_json().replace('"version": 2', '"version": 3')
+    with pytest.raises(ValueError, match=r"newer captum_llm_ext.*version 3.*upgrade"):
         LLMAttributionResult.from_json(newer)
 
 
@@ -193,6 +209,9 @@ def test_a_missing_field_is_named(name):
         ("n_evaluations", True),
         ("norm", "l3"),
         ("extra", 0),
+        ("provenance", {"method": 3}),
+        ("provenance", {"methods": "ig"}),
+        ("provenance", []),
     ],
 )
 def test_a_damaged_field_is_named(name, value):
@@ -218,12 +237,12 @@ def test_a_class_made_elsewhere_is_not_stored_as_another():
 
 def test_a_data_frame_has_a_row_per_input_token_and_loses_no_repeated_one():
     frame = SINGLE.to_dataframe()
-    assert list(frame.index) == ["The", "Ġcat", "The (2)"]
-    assert list(frame.columns) == ["sequence", "Ġsat", "sequence (2)"]
+    assert list(frame.index) == ["The", "cat", "The (2)"]
+    assert list(frame.columns) == ["sequence", "sat", "sequence (2)"]
     assert set(frame.dtypes) == {np.dtype("float32")}
     np.testing.assert_array_equal(frame["sequence"], SINGLE.seq_attr)
     np.testing.assert_array_equal(frame.iloc[:, 1:].T, SINGLE.token_attr)
-    assert frame["sequence"].abs().idxmax() == "Ġcat"
+    assert frame["sequence"].abs().idxmax() == "cat"
 
 
 def test_a_long_data_frame_has_a_row_per_pair():

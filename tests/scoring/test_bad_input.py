@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import captum.attr
@@ -13,6 +14,7 @@ from captum.attr import LayerGradientXActivation, LayerIntegratedGradients, Text
 from torch import nn
 
 from captum_llm_ext import LayerSaliency, LLMGradientAttribution
+from captum_llm_ext import TextTokenInput as OurInput
 from tests.models.families import PROMPT, CausalToy, MinimalTokenizer, tiny_model, tiny_tokenizer
 from tests.oracles.cases import (
     assert_close,
@@ -68,6 +70,10 @@ MISTAKES: dict[str, tuple[Callable[[], Any], list[str]]] = {
     "target that is not ids": (
         lambda: attribute(target=torch.tensor([0.5])),
         ["target", "float|int"],
+    ),
+    "target of truth values": (
+        lambda: attribute(target=torch.tensor([True, False])),
+        ["target", "bool"],
     ),
     "target outside the vocabulary": (
         lambda: attribute(target=torch.tensor([9999])),
@@ -166,6 +172,36 @@ def test_mistake_is_a_value_error_that_explains(mistake: str) -> None:
 def test_target_of_another_type() -> None:
     with pytest.raises(TypeError, match=r"(?i)target.*(str|Tensor).*int"):
         attribute(target=3)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: attribute(target=[True]), r"token ids, got \[True\]"),
+        (lambda: path(baselines=True), "a baseline of tokens .* got True"),
+        (lambda: OurInput(PROMPT, tiny_tokenizer(), baselines=True), "of tokens .* got True"),
+        (lambda: OurInput(PROMPT, tiny_tokenizer(), baselines=1.5), "of tokens .* got 1.5"),
+        (lambda: OurInput(PROMPT, tiny_tokenizer(), skip_tokens="<s>"), r"give \['<s>'\]"),
+        (lambda: attribute(target=" golf", skip_tokens="golf"), r"give \['golf'\]"),
+    ],
+)
+def test_what_would_be_taken_for_ids(call: Any, message: str) -> None:
+    """True is 1 to Python, and the characters of a string are a list of strings."""
+    with pytest.raises(TypeError, match=message):
+        call()
+
+
+def test_an_input_of_another_tokenizer() -> None:
+    """Its ids mean other tokens, and the model gives a score to any ids."""
+    other = MinimalTokenizer()
+    inp = TextTokenInput("Dave lives", other)
+    other_names = other.convert_ids_to_tokens(inp.inp_tensor[0].tolist())
+    assert other_names != tiny_tokenizer().convert_ids_to_tokens(inp.inp_tensor[0].tolist())
+    with pytest.warns(UserWarning, match="another tokenizer made this input: .* 'Dave' is"):
+        attribute(inp=inp)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attribute(inp=TextTokenInput(PROMPT, deepcopy(tiny_tokenizer())))
 
 
 def test_keyword_of_another_name() -> None:
