@@ -44,11 +44,11 @@ class ForwardMode:
     def __init__(self, path: LayerPath) -> None:
         self.path, self.site = path, path.moved[0]
         forcing = path.trace.forcing
-        self.known = forcing.known
+        self.checks = forcing.checks
         self.question = "forward mode", self.site.name, self.site.at_input, forcing.dtype
         groups = path.trace.positions[self.site].groups(path.moves(self.site))
         cheaper = is_cheaper(len(groups), len(path.trace.span))
-        self.groups = groups if cheaper and self.known.get(self.question, True) else []
+        self.groups = groups if cheaper and self.checks.get(self.question, True) else []
 
     def add(
         self,
@@ -67,7 +67,7 @@ class ForwardMode:
             if "forward" not in str(error):
                 raise
             return self._give_up(error)
-        if not self.known.ask(self.question, lambda: self._agrees(at, directions, derived)):
+        if not self.checks.answer(self.question, lambda: self._agrees(at, directions, derived)):
             return self._give_up("its derivatives are not those of a backward pass")
         span = self.path.target_slice
         for group, (tokens, sequence, scores) in zip(self.groups, derived, strict=True):
@@ -82,7 +82,7 @@ class ForwardMode:
 
     def _give_up(self, reason: object) -> bool:
         logger.info("no forward mode in this model (%s): going backward", reason)
-        self.groups, self.known[self.question] = [], False
+        self.groups, self.checks[self.question] = [], False
         return False
 
     def _agrees(

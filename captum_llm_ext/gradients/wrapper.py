@@ -37,8 +37,8 @@ from captum_llm_ext.inputs.baselines import (
 from captum_llm_ext.inputs.features import Features, baseline_tokens, read_features
 from captum_llm_ext.inputs.targets import GRADIENT_TARGETS, check_attr_target
 from captum_llm_ext.model.adapter import layout_of
+from captum_llm_ext.model.check_cache import forget
 from captum_llm_ext.model.hooks import differentiable
-from captum_llm_ext.model.known import forget
 from captum_llm_ext.model.layers import input_device, owner_of, resolve_sites
 from captum_llm_ext.model.lock import one_call_at_a_time
 from captum_llm_ext.model.quantized import dequantized_products, quiet_bitsandbytes

@@ -126,7 +126,7 @@ class PromptScorer:
         """Whether the model takes several rows; one that is not of transformers is tried."""
         if isinstance(self.model, PreTrainedModel | Adapter):
             return True
-        return self.forcing.ask("rows", self._took_two_rows)
+        return self.forcing.answer("rows", self._took_two_rows)
 
     def _took_two_rows(self) -> bool:
         try:

@@ -38,11 +38,11 @@ def warn_of_hiding_stand_in(masked: MaskedPrompts) -> None:
         return
     stand_in = int(ids[0, 0])
     question = "hides", stand_in, shares[-1]
-    if (share := forcing.known.get(question)) is None:
+    if (share := forcing.checks.get(question)) is None:
         worth, hidden = _worth_and_hidden(masked, stand_in)
         if worth <= LEAST_DROP:
             return  # this prompt does not tell
-        share = forcing.known[question] = hidden / worth
+        share = forcing.checks[question] = hidden / worth
     if share > shares[-1]:
         token = masked.tokenizer.convert_ids_to_tokens([stand_in])[0]
         warn(

@@ -22,7 +22,7 @@ from captum_llm_ext.inputs.targets import (
     check_attr_target,
     generation_settings,
 )
-from captum_llm_ext.model.known import forget
+from captum_llm_ext.model.check_cache import forget
 from captum_llm_ext.model.lock import one_call_at_a_time
 from captum_llm_ext.model.quantized import quiet_bitsandbytes
 from captum_llm_ext.model.signatures import keywords

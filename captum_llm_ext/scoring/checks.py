@@ -57,7 +57,7 @@ def is_random(forcing: TeacherForcing) -> bool:
     """
     if not any(module.training for module in forcing.model.modules()):
         return False
-    return forcing.ask("random", lambda: _two_passes_differ(forcing))
+    return forcing.answer("random", lambda: _two_passes_differ(forcing))
 
 
 @torch.no_grad()

@@ -14,10 +14,10 @@ from transformers import DynamicCache
 from captum_llm_ext.compat import InterpretableInput
 from captum_llm_ext.inputs.features import Features
 from captum_llm_ext.model.adapter import CAUSAL, Adapter
+from captum_llm_ext.model.check_cache import check_cache_of
 from captum_llm_ext.model.compiled import original
 from captum_llm_ext.model.hooks import evaluating
 from captum_llm_ext.model.keywords import taken_by
-from captum_llm_ext.model.known import known_of
 from captum_llm_ext.model.prefix_cache import PrefixCache, can_be_cropped
 from captum_llm_ext.model.suitability import check_reads_tokens
 from captum_llm_ext.scoring.checks import (
@@ -120,7 +120,7 @@ def prepare(
     """
     check_reads_tokens(model)
     task = task_of(model)
-    model, known = original(model), known_of(model)
+    model, checks = original(model), check_cache_of(model)
     warn_of_other_tokenizer(inp, prompt, tokenizer)
     check_vocabulary(model, prompt[0])
     with generating(model, prompt.size(1)) if request.target is None else nullcontext():
@@ -130,8 +130,8 @@ def prepare(
     if task.name == CAUSAL:
         warn_of_ended_prompt(inp, prompt, tokenizer)
     run = partial(forcing.model, forcing.prompt_ids[:, :1])
-    keywords = known.ask("keywords", lambda: taken_by(forcing.model, run, _options(forcing)))
-    forcing = replace(forcing, keywords=keywords, known=known)
+    keywords = checks.answer("keywords", lambda: taken_by(forcing.model, run, _options(forcing)))
+    forcing = replace(forcing, keywords=keywords, checks=checks)
     names = task.output_tokens(forcing, tokenizer), task.output_labels(forcing, tokenizer)
     return Prepared(task, forcing, *names)
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from captum_llm_ext.model.check_cache import CheckCache
 from captum_llm_ext.model.hooks import HeadInput, split_at_head
-from captum_llm_ext.model.known import Known
 from captum_llm_ext.model.layers import Site
 from captum_llm_ext.model.prefix_cache import PrefixCache
 from captum_llm_ext.model.quantized import quantization_of
@@ -35,7 +35,7 @@ class TeacherForcing:
 
     prefix: the cache that the first `n_cached` tokens of the prompt come from; dtype: what the
     passes are cast to, None for the model's own; keywords: the options that the model's forward
-    takes, None for those that it names; known: what the model was found to be.
+    takes, None for those that it names; checks: what the model was measured to be.
     """
 
     model: nn.Module
@@ -45,7 +45,7 @@ class TeacherForcing:
     n_cached: int = 0
     dtype: torch.dtype | None = None
     keywords: frozenset[str] | None = None
-    known: Known = field(default_factory=Known)
+    checks: CheckCache = field(default_factory=CheckCache)
 
     @cached_property
     def row(self) -> Row:
@@ -106,9 +106,9 @@ class TeacherForcing:
         precision = lower(logits.dtype, self.precision)
         return Pass(self.target, span, logits, head, cache, precision)
 
-    def ask(self, question: str, find_out: Callable[[], bool]) -> bool:
+    def answer(self, question: str, measure: Callable[[], bool]) -> bool:
         """What the model is, in these passes' precision; found out once for each model."""
-        return self.known.ask((question, self.dtype), find_out)
+        return self.checks.answer((question, self.dtype), measure)
 
     @torch.no_grad()
     def probe(self, use_cache: bool = False, of_prompt: bool = False) -> Pass:
@@ -118,7 +118,7 @@ class TeacherForcing:
         token, so the last token of the prompt is one more then.
         """
         asks = of_prompt and not len(self.target.fed) and self.row.n_prompt > 1
-        if not asks or ("causal", self.dtype) in self.known:
+        if not asks or ("causal", self.dtype) in self.checks:
             return self.run(self.ids, self.whole, use_cache=use_cache)
         ids = self.prompt_ids
         target = Target(torch.cat([ids[0, -1:], self.target.ids]))
@@ -136,8 +136,8 @@ class TeacherForcing:
         scored: the pass over the row as it is.
         """
         if not len(self.target.fed):
-            return self.known.get(("causal", self.dtype), True)
-        return self.ask("causal", lambda: scored.agrees_with(self._changed(), but_last=1))
+            return self.checks.get(("causal", self.dtype), True)
+        return self.answer("causal", lambda: scored.agrees_with(self._changed(), but_last=1))
 
     def _changed(self) -> Pass:
         ids = self.ids.clone()

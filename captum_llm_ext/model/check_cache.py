@@ -1,4 +1,4 @@
-"""What a model was found to be, remembered until something changes that could change it.
+"""What a model was measured to be, remembered until something changes that could change it.
 
 To find out whether a model is causal, takes several rows, or has forward mode, it has to run. The
 answers are kept for each model as long as it looks the same: its modules with their classes, their
@@ -33,33 +33,33 @@ HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backwa
 _INTERNAL = frozenset(vars(nn.Module())) - {"training"}
 
 
-class Known(dict[Hashable, Any]):
+class CheckCache(dict[Hashable, Any]):
     """Answers about a model, by question."""
 
-    def ask(self, question: Hashable, find_out: Callable[[], Answer]) -> Answer:
+    def answer(self, question: Hashable, measure: Callable[[], Answer]) -> Answer:
         """The answer, found out where it is not there yet."""
         if question not in self:
-            self[question] = find_out()
+            self[question] = measure()
         answer: Answer = self[question]
         return answer
 
 
-def known_of(model: nn.Module) -> Known:
-    """What is known of a model as it looks now, to be added to."""
+def check_cache_of(model: nn.Module) -> CheckCache:
+    """The answers about a model as it looks now, to be added to."""
     model, look = original(model), _look(original(model))
-    before, known = _KNOWN.get(model, (None, None))
-    if known is None or before != look:
-        known = Known()
-        _KNOWN[model] = look, known
-    return known
+    before, answers = _CACHES.get(model, (None, None))
+    if answers is None or before != look:
+        answers = CheckCache()
+        _CACHES[model] = look, answers
+    return answers
 
 
 def forget(model: nn.Module) -> None:
     """Let everything be asked again about this model."""
-    _KNOWN.pop(original(model), None)
+    _CACHES.pop(original(model), None)
 
 
-_KNOWN: WeakKeyDictionary[nn.Module, tuple[Look, Known]] = WeakKeyDictionary()
+_CACHES: WeakKeyDictionary[nn.Module, tuple[Look, CheckCache]] = WeakKeyDictionary()
 
 
 def _look(model: nn.Module) -> Look:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from captum_llm_ext import FeatureAblation, LLMAttribution, TextTokenInput, explain
-from captum_llm_ext.model import known
-from captum_llm_ext.model.known import known_of
+from captum_llm_ext.model import check_cache
+from captum_llm_ext.model.check_cache import check_cache_of
 from captum_llm_ext.perturbations.stand_in import HIDDEN
 from tests.models.families import (
     PROMPT,
@@ -70,10 +70,10 @@ def test_a_first_call_gives_the_numbers_of_a_second() -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_calls_leave_the_model_as_it_looks(method: str) -> None:
     model = tiny_model("llama", fresh=True)
-    answers = known_of(model)
+    answers = check_cache_of(model)
     attributed(model, method)
     model.generate(torch.tensor([[5, 6]]), max_new_tokens=2, do_sample=False)
-    assert known_of(model) is answers
+    assert check_cache_of(model) is answers
     assert answers
 
 
@@ -172,19 +172,19 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_it_is_asked_again_after(change: str) -> None:
     model = tiny_model("llama", fresh=True)
-    known_of(model)["causal"] = True
-    assert "causal" in known_of(model)
+    check_cache_of(model)["causal"] = True
+    assert "causal" in check_cache_of(model)
     CHANGES[change](model)
-    assert known_of(model) == {}
+    assert check_cache_of(model) == {}
 
 
 def test_adapters_that_are_switched_off() -> None:
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=2, target_modules=["q_proj"])
     model = peft.get_peft_model(tiny_model("llama", fresh=True), config)
-    known_of(model)["causal"] = True
+    check_cache_of(model)["causal"] = True
     with model.disable_adapter():
-        assert known_of(model) == {}
+        assert check_cache_of(model) == {}
 
 
 def mixed(states: Tensor) -> Tensor:
@@ -235,7 +235,7 @@ def test_the_memory_holds_no_tensor_and_no_model() -> None:
     model = tiny_model("llama", fresh=True)
     for method in METHODS:
         attributed(model, method)
-    held = held_by(known._KNOWN[model])
+    held = held_by(check_cache._CACHES[model])
     assert not [thing for thing in held if isinstance(thing, Tensor | nn.Module)]
     gone = weakref.ref(model)
     del model, held
