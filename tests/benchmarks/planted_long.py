@@ -1,8 +1,8 @@
 """Does the attribution name the sentence that holds the answer?
 
-`python -m tests.benchmarks.planted_long` plants a made-up fact among the sentences of a text of about
-1,000 tokens, twelve times, and asks for it. Features are the sentences. It prints the rank of the
-planted sentence by guided ablation with 24 evaluations and by flow, among all sentences but the
+`python -m tests.benchmarks.planted_long` plants a made-up fact among the sentences of a text of
+about 1,000 tokens, twelve times, and asks for it. Features are the sentences. It prints the rank of
+the planted sentence by guided ablation with 24 evaluations and by flow, among all sentences but the
 question, and where they miss. Each text is kept in `.benchmarks/` as it is done, and what is there
 is not run again. One thread.
 """
