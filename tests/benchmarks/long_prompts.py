@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,11 @@ import torch
 
 from captum_llm_ext import load_demo_model
 from captum_llm_ext.metrics import compare_methods
-from tests.benchmarks.faithfulness import NEW_TOKENS, REFERENCE, Cost, _paired, as_prompt, by_name
+from tests.benchmarks.attributed import ABLATION as REFERENCE
+from tests.benchmarks.attributed import FLOW, as_input, by_name
+from tests.benchmarks.faithfulness import NEW_TOKENS
 from tests.benchmarks.pages import markdown
+from tests.benchmarks.tables import interval
 
 PROMPTS = Path(__file__).parent / "long_prompts.json"
 KEPT = Path(__file__).parents[2] / ".benchmarks"
@@ -29,9 +33,32 @@ N_STEPS, N_RANDOM = 12, 2
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     REFERENCE: ("ablation", {}),
     "guided ablation, 64 evaluations": ("guided", {"max_evaluations": 64}),
-    "information flow": ("flow", {}),
+    FLOW: ("flow", {}),
     "Lasso, 64 masks": ("surrogate", {"n_masks": 64}),
 }
+
+
+class Cost:
+    """A method whose evaluations and CPU seconds are noted; flow has one."""
+
+    def __init__(self, method: Any) -> None:
+        self.method, self.spent = method, dict[str, float]()
+
+    def __call__(self, *arguments: Any) -> Any:
+        start = time.process_time()
+        torch.manual_seed(0)
+        result = self.method(*arguments)
+        self.spent = {
+            "rows": result.provenance.evaluations,
+            "cpu_s": round(time.process_time() - start, 3),
+        }
+        return result
+
+
+def _paired(differences: pandas.Series) -> str:
+    """Mean and 95 % bootstrap interval of a difference, and on how many prompts it is above 0."""
+    mean, low, high, better, worse = interval(differences)
+    return f"{mean:+.2f} [{low:.2f}, {high:.2f}] ({better}:{worse})" if better or worse else ""
 
 
 def of_prompt(
@@ -46,7 +73,7 @@ def of_prompt(
     found = compare_methods(
         model,
         tokenizer,
-        [as_prompt(entry)],
+        [as_input(entry, tokenizer)],
         costs,
         gen_args={"max_new_tokens": NEW_TOKENS, "do_sample": False},
         baselines=baseline,
