@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from captum_llm_ext.perturbations.wrapper import LLMAttribution
     from captum_llm_ext.results.aggregation import Aggregate, aggregate
     from captum_llm_ext.results.attention import LLMAttentionAttributionResult
-    from captum_llm_ext.results.citations import Citation, cite
+    from captum_llm_ext.results.citations import cite
     from captum_llm_ext.results.comparing import Comparison, compare
     from captum_llm_ext.results.layered import LLMLayerAttributionResult
     from captum_llm_ext.results.provenance import Provenance
@@ -88,7 +88,7 @@ _MODULES = {
     "captum_llm_ext.perturbations.two_stage": ("TwoStageAblation",),
     "captum_llm_ext.perturbations.wrapper": ("LLMAttribution",),
     "captum_llm_ext.results.aggregation": ("Aggregate", "aggregate"),
-    "captum_llm_ext.results.citations": ("Citation", "cite"),
+    "captum_llm_ext.results.citations": ("cite",),
     "captum_llm_ext.zooming": ("zoom",),
     "captum_llm_ext.results.attention": ("LLMAttentionAttributionResult",),
     "captum_llm_ext.results.comparing": ("Comparison", "compare"),
@@ -102,7 +102,6 @@ __all__ = [
     "Aggregate",
     "BatchRecord",
     "BatchReport",
-    "Citation",
     "Comparison",
     "FeatureAblation",
     "GuidedAblation",

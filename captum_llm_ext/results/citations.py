@@ -38,7 +38,8 @@ def cite(result: LLMAttributionResult, k: int = 3) -> list[Citation]:
         k: passages of each statement at most. Those that do not raise its score are left out.
 
     Returns:
-        A `Citation` for each row; printed, it lists its passages and their scores.
+        A `Citation` for each row of `token_attr` (n_output, n_input), with `statement` and
+        `passages`; printed, it lists these and their scores, in units of the score.
 
     Raises:
         ValueError: the result has no rows (its `token_attr` is None), or `k` is not an int of at
