@@ -40,14 +40,18 @@ if TYPE_CHECKING:
     from captum_llm_ext.metrics.judging import faithfulness
     from captum_llm_ext.model.layers import find_layers
     from captum_llm_ext.model.loading import load_demo_model, load_model
+    from captum_llm_ext.perturbations.guided import GuidedAblation
+    from captum_llm_ext.perturbations.surrogate import SparseSurrogate
     from captum_llm_ext.perturbations.two_stage import TwoStageAblation
     from captum_llm_ext.perturbations.wrapper import LLMAttribution
     from captum_llm_ext.results.aggregation import Aggregate, aggregate
     from captum_llm_ext.results.attention import LLMAttentionAttributionResult
+    from captum_llm_ext.results.citations import cite
     from captum_llm_ext.results.comparing import Comparison, compare
     from captum_llm_ext.results.layered import LLMLayerAttributionResult
     from captum_llm_ext.results.provenance import Provenance
     from captum_llm_ext.results.single import LLMAttributionResult
+    from captum_llm_ext.zooming import zoom
 
 _MODULES = {
     "captum.attr": (
@@ -79,9 +83,13 @@ _MODULES = {
     "captum_llm_ext.metrics.judging": ("faithfulness",),
     "captum_llm_ext.model.layers": ("find_layers",),
     "captum_llm_ext.model.loading": ("load_demo_model", "load_model"),
+    "captum_llm_ext.perturbations.guided": ("GuidedAblation",),
+    "captum_llm_ext.perturbations.surrogate": ("SparseSurrogate",),
     "captum_llm_ext.perturbations.two_stage": ("TwoStageAblation",),
     "captum_llm_ext.perturbations.wrapper": ("LLMAttribution",),
     "captum_llm_ext.results.aggregation": ("Aggregate", "aggregate"),
+    "captum_llm_ext.results.citations": ("cite",),
+    "captum_llm_ext.zooming": ("zoom",),
     "captum_llm_ext.results.attention": ("LLMAttentionAttributionResult",),
     "captum_llm_ext.results.comparing": ("Comparison", "compare"),
     "captum_llm_ext.results.layered": ("LLMLayerAttributionResult",),
@@ -96,6 +104,7 @@ __all__ = [
     "BatchReport",
     "Comparison",
     "FeatureAblation",
+    "GuidedAblation",
     "KernelShap",
     "LLMAttentionAttribution",
     "LLMAttentionAttributionResult",
@@ -115,12 +124,14 @@ __all__ = [
     "RemoteLLMAttribution",
     "ShapleyValueSampling",
     "ShapleyValues",
+    "SparseSurrogate",
     "TextTemplateInput",
     "TextTokenInput",
     "TwoStageAblation",
     "aggregate",
     "batch",
     "chat_input",
+    "cite",
     "compare",
     "compare_methods",
     "explain",
@@ -131,6 +142,7 @@ __all__ = [
     "qa_input",
     "read_batch",
     "segment_input",
+    "zoom",
 ]
 
 

@@ -61,11 +61,12 @@ def explain(
             gradients), "gradxact" (gradient x activation), "gradshap" (gradient SHAP),
             "conductance" (of layers, along the path of the embeddings) or "relevance" (layer-wise
             relevance, see `LayerRelevance` for what its authors say of patents); by perturbation,
-            "ablation", "two_stage" (ablation in two contexts), "shapley", "shapley_sampling",
-            "lime" or "kernelshap"; by attention, "attention" (the weights, with `heads` and
-            `reduction`), "flow" (information flow) or "flow_rollout": any row of
-            `captum_llm_ext.registry.METHODS`. Default: "flow" where the model is causal and its
-            attention can be read, and neither layers nor an option is given that "flow" lacks;
+            "ablation", "two_stage" (ablation in two contexts), "guided" (ablation on a budget, with
+            `max_evaluations` and `guide`), "surrogate" (linear, with `n_masks` and `guide`),
+            "shapley", "shapley_sampling", "lime" or "kernelshap"; by attention, "attention" (the
+            weights, with `heads` and `reduction`), "flow" (information flow) or "flow_rollout": any
+            row of `captum_llm_ext.registry.METHODS`. Default: "flow" where the model is causal and
+            its attention can be read, and neither layers nor an option is given that "flow" lacks;
             else "saliency". The result's `method` says which.
         layers: for the methods with gradients and by attention, a module, a name, a pattern such
             as ``"model.layers.*.mlp"``, or a list of these. Default: the input embeddings; by

@@ -129,6 +129,18 @@ METHODS: dict[str, Method] = {
         PERTURBATION,
         "ablation in the whole prompt and in what matters of it",
     ),
+    "guided": Method(
+        "captum_llm_ext.perturbations.guided:GuidedAblation",
+        PERTURBATION,
+        "ablation on a budget, where a one-pass method says that it matters",
+        settings=("max_evaluations", "guide"),
+    ),
+    "surrogate": Method(
+        "captum_llm_ext.perturbations.surrogate:SparseSurrogate",
+        PERTURBATION,
+        "a linear surrogate over random masks, for each target token",
+        settings=("n_masks", "guide"),
+    ),
     "shapley": Method("captum.attr:ShapleyValues", PERTURBATION, "Shapley values, exact"),
     "shapley_sampling": Method(
         "captum.attr:ShapleyValueSampling", PERTURBATION, "Shapley values, sampled"
@@ -168,6 +180,7 @@ AUTOMATIC = ("flow", "saliency")
 CHOICES: dict[str, tuple[str, ...]] = {
     "attr_target": ("log_prob", "prob", "logit", "rank"),
     "by": ("token", "message", "word", "sentence", "line", "paragraph", "part"),
+    "by_output": ("token", "sentence"),
     "layer_mode": ("independent", "joint"),
     "norm": ("l1", "l2", "linf"),
     "quadrature": (

@@ -27,7 +27,7 @@ FLOORS = [
     ["results"],
     ["gradients", "perturbations", "attention"],
     ["explaining"],
-    ["metrics", "batches"],
+    ["metrics", "batches", "zooming"],
     ["cli"],
     ["__init__", "__main__"],
 ]

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from captum_llm_ext.inputs.statements import Statements
+
 TINY = torch.finfo(torch.float32).tiny
 
 
@@ -44,6 +46,11 @@ class BlockFlow:
         return BlockFlow(
             self.states.sum(0, keepdim=True), self.weights.sum(1, keepdim=True), self.carried
         )
+
+    def over(self, statements: Statements) -> BlockFlow:
+        """The rows of each statement as one span."""
+        states, weights = statements.sums(self.states), statements.sums(self.weights, dim=1)
+        return BlockFlow(states, weights, self.carried)
 
     def shares(self, heads: list[int]) -> Tensor:
         """(n_rows, length) the share of each position, by these heads, in the state of each row."""

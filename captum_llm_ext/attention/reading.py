@@ -25,6 +25,7 @@ from captum_llm_ext.attention.interface import (
 )
 from captum_llm_ext.attention.maps import LayerAttention
 from captum_llm_ext.attention.values import cached_values, whole_cache
+from captum_llm_ext.inputs.statements import Statements
 from captum_llm_ext.model.hooks import evaluating, without_checkpointing
 from captum_llm_ext.model.layers import decoder_blocks, named_layers
 from captum_llm_ext.model.suitability import UnreadableAttentionError
@@ -50,6 +51,7 @@ class Selection:
     prompt: bool = False
     needs: str | None = None
     per_token: bool = True
+    statements: Statements | None = None
 
     @property
     def needs_every_row(self) -> bool:
@@ -209,7 +211,8 @@ class _Reading:
             more["norms"] = selection.of_heads(name, run.carried().norm(dim=-1), forcing)
         elif needs == "flow":
             flow = run.flow(self.rows[-n_output:], weights[:, -n_output:])
-            more["flow"] = flow.shares(indices) if selection.per_token else None
+            rows = flow if selection.statements is None else flow.over(selection.statements)
+            more["flow"] = rows.shares(indices) if selection.per_token else None
             more["span_flow"] = flow.together().shares(indices)[0]
         elif needs == "transitions":
             more["transitions"] = run.flow(self.rows, weights).transitions(indices)

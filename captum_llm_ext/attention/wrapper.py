@@ -20,6 +20,7 @@ from captum_llm_ext.compat import (
     InterpretableInput,
 )
 from captum_llm_ext.inputs.features import Features, read_features
+from captum_llm_ext.inputs.statements import Statements, check_by_output, statements_of
 from captum_llm_ext.model.adapter import QA, SEQ2SEQ
 from captum_llm_ext.model.encoder_decoder import EncoderDecoder
 from captum_llm_ext.model.layers import (
@@ -129,6 +130,7 @@ class LLMAttentionAttribution(BaseLLMAttribution):
         include_generated: bool = False,
         include_prompt_attention: bool = False,
         show_progress: bool = False,
+        by_output: str = "token",
     ) -> LLMAttentionAttributionResult:
         """Read the attention of every target token to every feature of the input.
 
@@ -151,6 +153,9 @@ class LLMAttentionAttribution(BaseLLMAttribution):
             include_prompt_attention: also keep the attention among the tokens of the prompt. An
                 encoder-decoder model does not have this.
             show_progress: has no effect, since there is one pass; other wrappers take it too.
+            by_output: "token" (default), or "sentence": rows, `attention` and sinks are then of the
+                sentences of the target: the means over their tokens, and for "flow" the shares in
+                the state of a sentence's tokens together. `output_tokens` are their texts.
 
         Returns:
             An `LLMAttentionAttributionResult`: `token_attr` (n_output, n_input), whose row t is the
@@ -168,17 +173,24 @@ class LLMAttentionAttribution(BaseLLMAttribution):
         Warns:
             when dropout is active.
         """
+        check_by_output(by_output, include_per_token_attr)
+        if by_output != "token" and include_generated:
+            raise ValueError("by_output='sentence' has no columns of generated tokens: choose one")
         features = read_features(inp, self.tokenizer, input_device(self.model))
         prompt = features.prompt_ids
         prepared = prepare(self.model, self.tokenizer, inp, prompt, Request(target, gen_args))
         forcing = prepared.forcing
         warn_of_dropout(forcing)
+        statements = None
+        if by_output != "token":
+            statements = statements_of(forcing.target.ids, self.tokenizer)
         selection = Selection(
             layers=self._layers,
             heads=self._heads,
             prompt=include_prompt_attention,
             needs=REDUCTIONS[self.reduction].needs,
             per_token=include_per_token_attr,
+            statements=statements,
         )
         read = read_attention
         if isinstance(forcing.model, EncoderDecoder):
@@ -190,7 +202,7 @@ class LLMAttentionAttribution(BaseLLMAttribution):
                 forcing.target.ids, self.tokenizer, forcing.row.n_prompt
             )
         return self._result(
-            layers, log_probs, features, prepared, inp, prompt, include_per_token_attr
+            layers, log_probs, features, prepared, inp, prompt, include_per_token_attr, statements
         )
 
     @classmethod
@@ -225,6 +237,7 @@ class LLMAttentionAttribution(BaseLLMAttribution):
         inp: InterpretableInput,
         prompt: Tensor,
         per_token: bool,
+        statements: Statements | None,
     ) -> LLMAttentionAttributionResult:
         targets = torch.stack([layer.targets for layer in layers])
         prompts = [layer.prompt for layer in layers if layer.prompt is not None]
@@ -233,11 +246,17 @@ class LLMAttentionAttribution(BaseLLMAttribution):
         maps = reduction.layer_maps(layers, by_feature)
         spans = reduction.span_maps
         of_span = [m.mean(0) for m in maps] if spans is None else spans(layers, by_feature)
+        outputs, labels = prepared.output_tokens, prepared.output_labels
+        if statements is not None:
+            # "flow" has rows of statements already.
+            maps = [m if len(m) == len(statements) else statements.means(m) for m in maps]
+            targets = statements.means(targets, dim=2)
+            log_probs, outputs, labels = statements.sums(log_probs), statements.texts, None
         names = self.tokenizer.convert_ids_to_tokens(prompt[0].tolist())
         return LLMAttentionAttributionResult(
             input_tokens=features.names,
-            output_tokens=prepared.output_tokens,
-            output_labels=prepared.output_labels,
+            output_tokens=outputs,
+            output_labels=labels,
             layer_names=[layer.name for layer in layers],
             layer_token_attr=torch.stack(maps) if per_token else None,
             layer_seq_attr=torch.stack(of_span),

@@ -164,13 +164,13 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="also keep the attention among the tokens of the prompt",
     )
+    _add_path_arguments(parser)
+    _add_work_arguments(parser)
     for name, methods in _methods_by_setting().items():
         values = {"choices": CHOICES[name]} if name in CHOICES else {"type": _value}
         with suppress(argparse.ArgumentError):  # written out above
             flag = "--" + name.replace("_", "-")
             add(flag, help=f"setting of {', '.join(methods)}", **values)
-    _add_path_arguments(parser)
-    _add_work_arguments(parser)
 
 
 def _add_path_arguments(parser: argparse.ArgumentParser) -> None:
@@ -211,7 +211,8 @@ def _add_path_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-rows",
         type=_positive,
         metavar="N",
-        help="most points of adaptive quadrature (default: 1000)",
+        help="most points of adaptive quadrature (default: 1000), or most masked prompts of guided "
+        "(default: 64)",
     )
     add(
         "--n-samples",
@@ -231,6 +232,11 @@ def _add_work_arguments(parser: argparse.ArgumentParser) -> None:
         "--include-per-token-attr",
         action=BooleanOptionalAction,
         help="attribute each token of the target (default), or the target as a whole: faster",
+    )
+    add(
+        "--by-output",
+        choices=CHOICES["by_output"],
+        help="what a row is: a token of the target (default), or a sentence of it",
     )
     add(
         "--sequence-only",

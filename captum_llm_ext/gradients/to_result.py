@@ -13,6 +13,7 @@ from captum_llm_ext.compat import InterpretableInput
 from captum_llm_ext.gradients.adaptive import NEAR_START
 from captum_llm_ext.gradients.method import NORMS
 from captum_llm_ext.gradients.totals import LayerTotal
+from captum_llm_ext.inputs.statements import Statements
 from captum_llm_ext.model.layers import Site
 from captum_llm_ext.results.layered import LLMLayerAttributionResult
 from captum_llm_ext.results.provenance import Provenance
@@ -31,9 +32,12 @@ def to_result(
     output_labels: list[str] | None,
     inp: InterpretableInput,
     provenance: Provenance,
+    statements: Statements | None = None,
 ) -> LLMAttributionResult:
-    """The result of one layer, or of several."""
-    attributions = [_by_feature(total, keep_hidden) for total in totals.values()]
+    """The result of one layer, or of several; of statements, a row for each instead of tokens."""
+    attributions = [_by_feature(total, keep_hidden, statements) for total in totals.values()]
+    if statements is not None:
+        output_tokens, output_labels = statements.texts, None
     names = next(iter(totals.values())).positions.features.names
     shared: dict[str, Any] = {
         "input_tokens": names,
@@ -92,16 +96,26 @@ class _LayerAttribution:
     score_path: Tensor | None
 
 
-def _by_feature(total: LayerTotal, keep_hidden: bool) -> _LayerAttribution:
+def _by_feature(
+    total: LayerTotal, keep_hidden: bool, statements: Statements | None
+) -> _LayerAttribution:
     """Positions summed (norms: combined) to features, and the sums against score differences."""
     positions, record, norm = total.positions, total.record, total.norm
     difference = total.score_difference
     delta = None if difference is None else total.sums()[: len(difference)] - difference
     hidden = total.hidden if total.per_token else total.sequence[None]
+    tokens = total.tokens
+    if statements is not None:
+        hidden = None if hidden is None else statements.sums(hidden)
+        # The norm of a sum is not the sum of norms.
+        tokens = statements.sums(tokens) if norm == "sum" else NORMS[norm](hidden)  # type: ignore[arg-type]
+        delta, difference = (
+            None if values is None else statements.sums(values) for values in (delta, difference)
+        )
     scores = sorted(record.scores.items()) if total.sums_to_difference else []
     return _LayerAttribution(
         seq_attr=positions.by_feature(NORMS[norm](total.sequence), norm),
-        token_attr=positions.by_feature(total.tokens, norm) if total.per_token else None,
+        token_attr=positions.by_feature(tokens, norm) if total.per_token else None,
         hidden_attr=(
             positions.hidden_by_feature(hidden) if keep_hidden and hidden is not None else None
         ),

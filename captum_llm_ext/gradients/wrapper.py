@@ -35,6 +35,7 @@ from captum_llm_ext.inputs.baselines import (
     with_named_baseline,
 )
 from captum_llm_ext.inputs.features import Features, baseline_tokens, read_features
+from captum_llm_ext.inputs.statements import check_by_output, statements_of
 from captum_llm_ext.inputs.targets import GRADIENT_TARGETS, check_attr_target
 from captum_llm_ext.model.adapter import layout_of
 from captum_llm_ext.model.check_cache import forget
@@ -50,7 +51,7 @@ from captum_llm_ext.results.recording import recorded, settings_of
 from captum_llm_ext.results.single import LLMAttributionResult
 from captum_llm_ext.scoring.checks import check_counts, check_gradients
 from captum_llm_ext.scoring.preparation import prepare
-from captum_llm_ext.scoring.tasks import Request
+from captum_llm_ext.scoring.tasks import Request, check_has_sentences
 from captum_llm_ext.scoring.teacher_forcing import TeacherForcing
 from captum_llm_ext.warning import warn
 
@@ -135,6 +136,7 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
         return_convergence_delta: bool = False,
         attribute_to_layer_input: bool = False,
         grad_kwargs: Mapping[str, Any] | None = None,
+        by_output: str = "token",
         **method_options: Any,
     ) -> LLMAttributionResult:
         """Attribute the target's scores to the features of the input.
@@ -195,6 +197,9 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
             return_convergence_delta: accepted for Captum's sake; the delta is on the result.
             attribute_to_layer_input: attribute to the layers' input instead of their output.
             grad_kwargs: further arguments of ``torch.autograd.grad``.
+            by_output: "token" (default), or "sentence": the rows of `token_attr` are then of the
+                sentences of the target, whose score is the sum over their tokens (LayerSaliency:
+                the norm of that sum's gradient). `output_tokens` are their texts.
             **method_options: the method's own. Of LayerIntegratedGradients and LayerConductance
                 `n_steps` (50) and `method`: "gausslegendre", one of Captum's Riemann rules, or
                 "adaptive", which takes the gradient where the path needs it until the attributions
@@ -223,6 +228,8 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
             raise ValueError("baselines must hold at least one baseline, got an empty list")
         if check:
             forget(self.model)
+        check_by_output(by_output, include_per_token_attr, self.attr_target)
+        check_has_sentences(by_output, self.model)
         _check_choices(layer_mode, num_trials, internal_batch_size, grad_kwargs, dtype)
         check_weights(self.model)
         request = Request(target, gen_args, contrast_target, self.attr_target, skip_tokens)
@@ -250,7 +257,7 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
             plan = Plan(
                 per_token=include_per_token_attr,
                 joint=layer_mode == "joint",
-                keep_hidden=include_hidden_attr,
+                keep_hidden=include_hidden_attr or (by_output != "token" and method.norm != "sum"),
                 rows=internal_batch_size or 0,
                 grad_kwargs=grad_kwargs or {},
             )
@@ -272,6 +279,9 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
             )
             checked = method.checked(totals, forcing.model)
             check_totals(totals, checked, plan.joint, prepared.output_tokens)
+            statements = None
+            if by_output != "token":
+                statements = statements_of(forcing.target.ids, self.tokenizer)
             return to_result(
                 {site: totals[site] for site in sites},
                 self._several,
@@ -281,6 +291,7 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
                 prepared.output_labels,
                 with_named_baseline(inp, absent),
                 Provenance(target_ids=forcing.target.ids.tolist(), evaluations=1),
+                statements,
             )
 
     @classmethod

@@ -89,7 +89,7 @@ class MaskedPrompts:
     @property
     def n_columns(self) -> int:
         """The sequence and each target token."""
-        return 1 + len(self.scorer.target)
+        return 1 + len(self.target_ids)
 
     @property
     def device(self) -> torch.device:
@@ -136,11 +136,14 @@ class MaskedPicture:
     inp: ImageMaskInput
     forward: Callable[[Tensor], Tensor]
     output_tokens: list[str]
-    n_columns: int
+    target_ids: list[int]
     device: torch.device
     output_labels: list[str] | None = None
-    target_ids: list[int] | None = None
     n_evaluations: int | None = None
+
+    @property
+    def n_columns(self) -> int:
+        return 1 + len(self.target_ids)
 
     def drawn(self) -> MaskedPicture:
         return self

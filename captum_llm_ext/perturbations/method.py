@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,6 +19,28 @@ from captum_llm_ext.scoring.checks import check_counts
 Tensors = tuple[Tensor, ...]
 
 
+@dataclass(frozen=True)
+class Found:
+    """What a run found, where it is more than attributions.
+
+    attributions: (1 + n_output, n_features), or (n_features,) of the sequence alone; measured:
+    (n_features,) bool, which features were left out alone; lds: the rank correlation that a
+    surrogate has with the scores of masks that it did not see.
+    """
+
+    attributions: Tensor
+    measured: Tensor | None = None
+    lds: float | None = None
+
+    def by_column(self, column_of: Tensor) -> Found:
+        """The same with each column of `column_of` (n_columns,) as a feature."""
+        measured = None if self.measured is None else self.measured[column_of]
+        return replace(self, attributions=self.attributions[:, column_of], measured=measured)
+
+
+Run: TypeAlias = Generator[Tensor, Tensor, Tensor | Found]
+
+
 class PerturbationMethod(PerturbationAttribution):
     """A perturbation method that reads as its algorithm does: a subclass has `run` alone.
 
@@ -25,9 +48,10 @@ class PerturbationMethod(PerturbationAttribution):
     and 0 where its baseline stands, and is sent their scores (n_rows, 1 + n_output), the
     sequence's first and then each target token's. It may yield again, and its later masks may
     depend on the scores. It returns attributions (1 + n_output, n_features), or (n_features,) of
-    the sequence where it has no rows per token. Each mask is scored once. All these tensors are on
-    the CPU. `game` has `n_features`, `names`, `borders`, `guide`, `generator`, `whole()` and
-    `leave_one_out()`; see `captum_llm_ext.perturbations.game.Game`.
+    the sequence where it has no rows per token; or a `Found`, which says more about them. Each mask
+    is scored once. All these tensors are on the CPU. `game` has `n_features`, `names`, `borders`,
+    `guide`, `generator`, `whole()` and `leave_one_out()`: see
+    `captum_llm_ext.perturbations.game.Game`.
 
     `LLMAttribution` runs it on prompts. `attribute` runs it on plain tensors, where the columns of
     scores are the outputs of `forward_func`, and each example is a game of its own.
@@ -45,8 +69,10 @@ class PerturbationMethod(PerturbationAttribution):
     """
 
     token_rows = True
+    # The name of the method whose attributions `LLMAttribution` hands to `run` as `game.guide`.
+    guide: str | None = None
 
-    def run(self, game: Game) -> Generator[Tensor, Tensor, Tensor]:
+    def run(self, game: Game) -> Run:
         raise NotImplementedError(f"{type(self).__name__} needs run(self, game), a generator")
 
     def attribute(
@@ -83,16 +109,21 @@ class PerturbationMethod(PerturbationAttribution):
                 for play, rows in zip(plays, scores, strict=True):
                     if play.is_waiting:
                         play.send(rows)
-        attr = masked.shaped([play.attributions for play in plays])
+        attr = masked.shaped([play.found.attributions for play in plays])
         return attr if isinstance(inputs, tuple) else attr[0]
 
     def attribute_masked(
-        self, masked: Masked, feature_mask: Tensor | None = None, **reserved: Any
-    ) -> Tensor:
-        """Attributions (1 + n_output or 1, n_features) of a prompt or a picture.
+        self,
+        masked: Masked,
+        guide: Tensor | None = None,
+        feature_mask: Tensor | None = None,
+        **reserved: Any,
+    ) -> Found:
+        """What is found of a prompt or a picture: attributions (1 + n_output or 1, n_features).
 
         Args:
             masked: its masked prompts.
+            guide: (n_features,) attributions of a cheaper method.
             feature_mask: (1, n_features) numbers that put features into groups.
             **reserved: options of Captum's methods, without effect here.
         """
@@ -104,17 +135,22 @@ class PerturbationMethod(PerturbationAttribution):
                     f"got {tuple(feature_mask.shape)}"
                 )
             group_of = feature_mask.cpu().flatten().unique(return_inverse=True)[1]
-        play = Play(self, Game.of_input(masked.inp, group_of))
+        game = Game.of_input(masked.inp, group_of)
+        if guide is not None:
+            of_groups = torch.zeros(game.n_features).index_add(0, group_of, guide.float().cpu())
+            game = replace(game, guide=of_groups)
+        play = Play(self, game)
         while play.is_waiting:
             play.send(masked.scores(play.masks[:, group_of]).cpu())
-        return play.attributions[:, group_of].to(masked.device)
+        found = play.found.by_column(group_of)
+        return replace(found, attributions=found.attributions.to(masked.device))
 
 
 class Play:
-    """A method's run over one game: `masks` that wait for their scores, and then `attributions`."""
+    """A method's run over one game: `masks` that wait for their scores, then what is `found`."""
 
     def __init__(self, method: PerturbationMethod, game: Game) -> None:
-        self.game, self.masks, self.attributions = game, game.whole(), game.whole()
+        self.game, self.masks, self.found = game, game.whole(), Found(game.whole())
         self._name, self._n_columns, self.is_waiting = type(method).__name__, 1, True
         self._run = method.run(game)
         if not isinstance(self._run, Generator):
@@ -134,8 +170,9 @@ class Play:
         try:
             masks = self._run.send(scores)
         except StopIteration as stop:
-            self.attributions = checked_rows(stop.value, self._n_columns, n_features, self._name)
-            self.is_waiting = False
+            found = stop.value if isinstance(stop.value, Found) else Found(stop.value)
+            attr = checked_rows(found.attributions, self._n_columns, n_features, self._name)
+            self.found, self.is_waiting = replace(found, attributions=attr), False
             return
         if masks.dim() != 2 or masks.size(1) != n_features or not len(masks):
             raise ValueError(

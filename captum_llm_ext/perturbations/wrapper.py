@@ -17,6 +17,7 @@ from captum_llm_ext.compat import (
     _convert_ids_to_pretty_tokens,
 )
 from captum_llm_ext.inputs.baselines import BaselineSpec
+from captum_llm_ext.inputs.statements import check_by_output, statements_of
 from captum_llm_ext.inputs.targets import (
     PERTURBATION_TARGETS,
     check_attr_target,
@@ -28,19 +29,20 @@ from captum_llm_ext.model.quantized import quiet_bitsandbytes
 from captum_llm_ext.model.signatures import keywords
 from captum_llm_ext.model.suitability import check_pair
 from captum_llm_ext.perturbations.captum_methods import CaptumMethod, check_needs
+from captum_llm_ext.perturbations.guides import guide_of
 from captum_llm_ext.perturbations.masked_prompts import (
     InspectForward,
     MaskedPicture,
     MaskedPrompts,
 )
-from captum_llm_ext.perturbations.method import PerturbationMethod
+from captum_llm_ext.perturbations.method import Found, PerturbationMethod
 from captum_llm_ext.perturbations.stand_in import warn_of_hiding_stand_in
 from captum_llm_ext.registry import METHODS, PERTURBATION, load, method_named, methods_of
 from captum_llm_ext.results import LLMAttributionResult
 from captum_llm_ext.results.provenance import Provenance
 from captum_llm_ext.results.recording import recorded, settings_of
 from captum_llm_ext.scoring.checks import check_counts
-from captum_llm_ext.scoring.tasks import Request
+from captum_llm_ext.scoring.tasks import Request, check_has_sentences
 
 # Arguments of a method's `attribute` that this class gives.
 RESERVED = {
@@ -67,7 +69,8 @@ class LLMAttribution(CaptumLLMAttribution):
             - Captum's `FeatureAblation`, `ShapleyValueSampling`, `ShapleyValues`, `Lime` or
               `KernelShap`, or a subclass of one. Lime and KernelShap need scikit-learn (the extra
               ``lime``) and give the sequence attribution alone.
-            - `TwoStageAblation`, or another `PerturbationMethod`: a generator of masks.
+            - `TwoStageAblation`, `GuidedAblation`, `SparseSurrogate`, or another
+              `PerturbationMethod`: a generator of masks.
             - a subclass of ``captum.attr._utils.attribution.PerturbationAttribution``. Its
               ``forward_func`` takes masks (n_rows, n_features) and gives scores
               (n_rows, 1 + n_output), the sequence's first, each time it is called; its later masks
@@ -193,6 +196,7 @@ class LLMAttribution(CaptumLLMAttribution):
         reuse_prefix: bool = True,
         show_progress: bool = False,
         check: bool = False,
+        by_output: str = "token",
         **kwargs: Any,
     ) -> LLMAttributionResult:
         """Attribute the target's scores to the features of the input.
@@ -230,12 +234,16 @@ class LLMAttribution(CaptumLLMAttribution):
                 several rows, and has forward mode. That is remembered for each model, until its
                 modules, flags, hooks, configuration or weights change. A change of code elsewhere
                 is not seen, such as of a function that a module calls.
+            by_output: "token" (default), or "sentence": the rows of `token_attr` are then of the
+                sentences of the target, whose score is the sum over their tokens.
+                `output_tokens` are their texts.
             **kwargs: options of the method, such as `n_samples`.
 
         Returns:
             An `LLMAttributionResult`: `seq_attr` (n_input,) and `token_attr` (n_output, n_input),
             in units of the score. `token_attr` is None for Lime, KernelShap and other methods that
-            have no rows per token.
+            have no rows per token. `GuidedAblation` gives `measured` too, and `SparseSurrogate`
+            `lds`.
 
         Warns:
             when one token stands for every absent one and hides what stands before it, as a
@@ -252,10 +260,12 @@ class LLMAttribution(CaptumLLMAttribution):
             internal_batch_size=internal_batch_size,
             n_samples=kwargs.get("n_samples"),
         )
+        check_by_output(by_output, self.include_per_token_attr, self.attr_target)
         self.check_options(kwargs)
         self._check_input(inp)
         if check:
             forget(self.model)
+        check_has_sentences(by_output, self.model)
         request = Request(target, gen_args, contrast_target, self.attr_target, skip_tokens)
         with torch.inference_mode(False), torch.no_grad(), quiet_bitsandbytes():
             if isinstance(inp, ImageMaskInput):
@@ -275,18 +285,27 @@ class LLMAttribution(CaptumLLMAttribution):
                 masked.inspect = _inspect_forward
                 masked.n_inspected = None if self.include_per_token_attr else 1
             options = {**kwargs, "perturbations_per_eval": perturbations_per_eval}
+            if self._method.guide is not None and isinstance(masked, MaskedPrompts):
+                options["guide"] = guide_of(self._method.guide, self.model, masked, inp, gen_args)
             trials = [
                 self._method.attribute_masked(masked.drawn(), **options) for _ in range(num_trials)
             ]
-            attr = inp.format_attr(torch.stack(trials).float().mean(0))
+            attr = inp.format_attr(torch.stack([t.attributions for t in trials]).float().mean(0))
+        rows, names, labels = attr[1:], masked.output_tokens, masked.output_labels
+        if by_output != "token":
+            check_by_output(by_output, len(rows) > 0)
+            statements = statements_of(torch.tensor(masked.target_ids), self.tokenizer)
+            rows, names, labels = statements.sums(rows), statements.texts, None
         return LLMAttributionResult(
             seq_attr=attr[0],
-            token_attr=attr[1:] if len(attr) > 1 else None,
+            token_attr=rows if len(rows) else None,
             input_tokens=list(inp.values),
-            output_tokens=masked.output_tokens,
-            output_labels=masked.output_labels,
+            output_tokens=names,
+            output_labels=labels,
             inp=masked.inp,
             provenance=Provenance(target_ids=masked.target_ids, evaluations=masked.n_evaluations),
+            measured=_measured_in_all(inp, trials),
+            lds=_mean_lds(trials),
         )
 
     def _check_input(self, inp: InterpretableInput) -> None:
@@ -320,6 +339,16 @@ class LLMAttribution(CaptumLLMAttribution):
             forward_in_tokens=inspect_forward is not None,  # Captum inspects on that path alone
         )
         tokens = _convert_ids_to_pretty_tokens(ids, self.tokenizer)
-        return MaskedPicture(
-            inp, forward, tokens, 1 + len(ids), self.device, target_ids=ids.tolist()
-        )
+        return MaskedPicture(inp, forward, tokens, ids.tolist(), self.device)
+
+
+def _measured_in_all(inp: InterpretableInput, trials: Sequence[Found]) -> Tensor | None:
+    """(n_input,) bool, which features every trial left out alone, if the method tells."""
+    rows = [trial.measured for trial in trials if trial.measured is not None]
+    return inp.format_attr(torch.stack(rows).all(0)[None].float())[0] > 0 if rows else None
+
+
+def _mean_lds(trials: Sequence[Found]) -> float | None:
+    """The mean over the trials, None where one has none."""
+    values = [trial.lds for trial in trials]
+    return None if None in values else float(sum(values) / len(values))  # type: ignore[arg-type]

@@ -117,10 +117,24 @@ def _read_number(stored: Any) -> float:
     return float(stored)
 
 
+def _number(name: str, stored: Any) -> float:
+    try:
+        return _read_number(stored)
+    except TypeError:
+        raise _damaged(name, "a number or null", stored) from None
+
+
 _TEXT = _plain(str, "a string")
 _TEXTS = _list_of(_TEXT)
 _COUNT = _optional(_plain(int, "an integer or null"))
 _FLAG = _optional(_plain(bool, "true, false or null"))
+_FLAGS = Field(
+    lambda name, flags: flags.tolist(),
+    lambda name, stored: torch.tensor(_list_of(_plain(bool, "true or false")).read(name, stored)),
+)
+_NUMBER = Field(
+    lambda name, value: _write_number(value), lambda name, stored: _number(name, stored)
+)
 _TENSOR = Field(_write_tensor, _read_tensor)
 _MAYBE_TENSOR = _optional(_TENSOR)
 
@@ -153,6 +167,8 @@ _OF_ONE_LAYER = _OF_EVERY_RESULT | {
     "score_path": _MAYBE_TENSOR,
     "n_evaluations": _COUNT,
     "converged": _FLAG,
+    "measured": replace(_optional(_FLAGS), added=True),
+    "lds": replace(_optional(_NUMBER), added=True),
 }
 
 FIELDS: dict[str, dict[str, Field]] = {

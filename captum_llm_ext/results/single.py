@@ -22,6 +22,7 @@ from captum_llm_ext.results.tables import Table, top_table
 from captum_llm_ext.results.values import (
     NamedValues,
     array,
+    checked_flags,
     checked_labels,
     checked_norm,
     checked_tensor,
@@ -62,6 +63,10 @@ class LLMAttributionResult(ArithmeticMixin, DisplayMixin, ExportMixin, CaptumLLM
             are attributions that add up.
         output_labels: names of the output tokens in tables and plots, which keep leading spaces;
             None (default) for `output_tokens`.
+        measured: whether each input token's value was measured alone, shape (n_input,), bool; None
+            (default) for methods that do not tell. The others share what was measured of a group.
+        lds: rank correlation of the scores with what the attributions predict, on masks that they
+            were not learned from; None (default) for methods that are no surrogate.
         starts_prompt: whether the first input token is the first token of the prompt, where
             attention sinks are; None (default) for what `inp` says, False without it.
         provenance: what made the result, see `Provenance`; None (default) where it is not known. It
@@ -108,6 +113,8 @@ class LLMAttributionResult(ArithmeticMixin, DisplayMixin, ExportMixin, CaptumLLM
         starts_prompt: bool | None = None,
         provenance: Provenance | None = None,
         spread: Tensor | None = None,
+        measured: Tensor | None = None,
+        lds: float | None = None,
     ) -> None:
         self.provenance = provenance
         self.n_evaluations, self.converged, self.norm = n_evaluations, converged, checked_norm(norm)
@@ -127,6 +134,8 @@ class LLMAttributionResult(ArithmeticMixin, DisplayMixin, ExportMixin, CaptumLLM
         )
         self.spread = optional_tensor("spread", spread, {"n_input": len(self.input_tokens)})
         self._hidden_attr: Any = self._checked_hidden("hidden_attr", hidden_attr)
+        self.measured = checked_flags("measured", measured, len(self.input_tokens))
+        self.lds = lds
         self.score_path = optional_tensor("score_path", score_path, {"rows": 2, "points": None})
 
     @property

@@ -60,6 +60,19 @@ def optional_tensor(
     return None if values is None else checked_tensor(name, values, *shapes)
 
 
+def checked_flags(name: str, flags: Any, n_input: int) -> Tensor | None:
+    """Flags (n_input,) as a bool tensor, or None."""
+    if flags is None:
+        return None
+    tensor = torch.as_tensor(flags).detach()
+    if tensor.dtype != torch.bool or tensor.shape != (n_input,):
+        raise ValueError(
+            f"{name}: expected bool of shape (n_input,) = ({n_input},), got {tensor.dtype} of "
+            f"shape {tuple(tensor.shape)}; give one flag per input token"
+        )
+    return tensor
+
+
 def _fits(shape: Sequence[int], sizes: Sequence[int | None]) -> bool:
     return len(shape) == len(sizes) and all(
         size in (None, length) for length, size in zip(shape, sizes, strict=True)

@@ -87,6 +87,15 @@ def task_of(model: nn.Module) -> Task:
     return TASKS[kind_of(config, class_names)]
 
 
+def check_has_sentences(by_output: str, model: nn.Module) -> None:
+    """Refuse rows per sentence of a model whose target is no text."""
+    if by_output != "token" and task_of(model).name == QA:
+        raise ValueError(
+            "by_output='sentence' is for targets that are texts, and the target of a question "
+            "answering model is two positions"
+        )
+
+
 def _causal(model: nn.Module, tokenizer: Any, prompt: Tensor, request: Request) -> TeacherForcing:
     """The target follows the prompt."""
     for name, text in (("target", request.target), ("contrast target", request.contrast)):

@@ -16,6 +16,7 @@ from captum_llm_ext.gradients.method import NORMS
 from captum_llm_ext.gradients.wrapper import LAYER_MODES
 from captum_llm_ext.inputs.chats import CHAT_FEATURES
 from captum_llm_ext.inputs.questions import QA_FEATURES
+from captum_llm_ext.inputs.statements import BY_OUTPUT
 from captum_llm_ext.inputs.targets import GRADIENT_TARGETS, PERTURBATION_TARGETS
 from captum_llm_ext.model.loading import QUANTIZATIONS
 from captum_llm_ext.model.relevance_rules import RULES
@@ -92,6 +93,7 @@ def test_answers_without_torch(words: list[str], code: int, text: str) -> None:
 IMPLEMENTED: dict[str, Collection[str]] = {
     "attr_target": {*PERTURBATION_TARGETS, *GRADIENT_TARGETS},
     "by": {*CHAT_FEATURES, *QA_FEATURES},
+    "by_output": BY_OUTPUT,
     "layer_mode": LAYER_MODES,
     "norm": NORMS.keys() - {"sum"},
     "quadrature": {ADAPTIVE, *FIXED_RULES},
