@@ -25,7 +25,7 @@ from transformers import PretrainedConfig
 from captum_llm_ext.model.compiled import original
 
 Answer = TypeVar("Answer")
-Look = tuple[Hashable, ...]
+Look = tuple[Any, ...]  # hashable values
 
 PLAIN = frozenset({bool, int, float, str, type(None), torch.dtype, torch.device})
 FUNCTIONS = frozenset({FunctionType, MethodType, partial})

@@ -12,6 +12,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -57,9 +58,9 @@ def main() -> None:
             def work(out: Path, options: dict[str, Any] = options) -> None:
                 batch(model, tokenizer, lines, out, show_progress=False, **options)
 
-            ours = cpu_seconds(lambda out=files[0]: work(out))
+            ours = cpu_seconds(partial(work, files[0]))
             with one_at_a_time():
-                theirs = cpu_seconds(lambda out=files[1]: work(out))
+                theirs = cpu_seconds(partial(work, files[1]))
             texts = [file.read_text().splitlines() for file in files]
             same = sum(a == b for a, b in zip(*texts, strict=True))
         print(f"{name}: {same} of {len(lines)} lines are the same to the byte", flush=True)

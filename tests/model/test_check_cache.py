@@ -34,9 +34,10 @@ METHODS = ("saliency", "ablation", "ig")
 
 
 def attributed(model: nn.Module, method: str, **options: Any) -> Tensor:
-    given = {} if method == "saliency" else {"baselines": "pad"}
+    given: dict[str, Any] = {} if method == "saliency" else {"baselines": "pad"}
     given |= {"n_steps": 3} if method == "ig" else {}
     result = explain(model, tiny_tokenizer(), PROMPT, TARGET, method, **{**given, **options})
+    assert result.token_attr is not None
     return result.token_attr
 
 
