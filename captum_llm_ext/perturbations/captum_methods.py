@@ -20,7 +20,7 @@ from captum_llm_ext.compat import (
 )
 from captum_llm_ext.model.random_state import same_random_state
 from captum_llm_ext.perturbations.masked_prompts import Masked
-from captum_llm_ext.perturbations.method import Found, checked_rows
+from captum_llm_ext.perturbations.method import Outcome, checked_rows
 
 
 @dataclass(frozen=True)
@@ -50,14 +50,14 @@ class CaptumMethod:
         is_captums = isinstance(self.method, CaptumLLMAttribution.SUPPORTED_METHODS)
         return bool(getattr(self.method, "repeatable_masks", is_captums and draws_globally))
 
-    def attribute_masked(self, masked: Masked, guide: None = None, **options: Any) -> Found:
+    def attribute_masked(self, masked: Masked, guide: None = None, **options: Any) -> Outcome:
         """Attributions (1 + n_output or 1, n_features) of a prompt or a picture."""
         if self.repeatable_masks and (masks := self._rehearse(masked, options)):
             masked.prefetch(torch.tensor(masks))
         attr = self._run(copy(self.method), masked.scores, masked, options)
         n_columns = masked.n_columns if self.token_rows else 1
         name = type(self.method).__name__
-        return Found(checked_rows(attr, n_columns, masked.inp.n_itp_features, name))
+        return Outcome(checked_rows(attr, n_columns, masked.inp.n_itp_features, name))
 
     def _rehearse(self, masked: Masked, options: dict[str, Any]) -> list[tuple[float, ...]]:
         """The distinct masks that the method asks for; the random state is put back."""

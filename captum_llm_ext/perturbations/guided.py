@@ -9,7 +9,7 @@ from torch import Tensor
 
 from captum_llm_ext.perturbations.game import Border, Game
 from captum_llm_ext.perturbations.guides import checked_guide
-from captum_llm_ext.perturbations.method import Found, PerturbationMethod, Run
+from captum_llm_ext.perturbations.method import Outcome, PerturbationMethod, Run
 from captum_llm_ext.scoring.checks import check_counts
 from captum_llm_ext.warning import warn
 
@@ -27,11 +27,10 @@ class GuidedAblation(PerturbationMethod):
     """Feature ablation on a budget, which a guide of one pass tells where to look.
 
     A quarter of the evaluations goes to the features that the guide names first, each left out
-    alone.
-    The others begin in groups of neighbours, each left out as a whole. The groups with the largest
-    drops are split in two, at the most natural border (paragraph, sentence, word), and both halves
-    are measured, until the budget is spent. At the end each feature belongs to one part that was
-    left out in one evaluation. A feature that is alone there has its own drop, as in
+    alone. The others begin in groups of neighbours, each left out as a whole. The groups with the
+    largest drops are split in two, at the most natural border (paragraph, sentence, word), and both
+    halves are measured, until the budget is spent. At the end each feature belongs to one part that
+    was left out in one evaluation. A feature that is alone there has its own drop, as in
     ``captum.attr.FeatureAblation``. The members of a group share the group's drop in proportion to
     the guide's magnitude plus a tenth of its mean in the group; equally where that is zero. The
     shares are the same for every target token.
@@ -81,7 +80,7 @@ class GuidedAblation(PerturbationMethod):
             warn("one evaluation leaves nothing to measure: give max_evaluations of at least 2")
             scores = yield game.whole()
             nothing = torch.zeros(game.n_features)
-            return Found(nothing.expand(scores.size(1), -1), nothing > 0)
+            return Outcome(nothing.expand(scores.size(1), -1), nothing > 0)
 
         groups = first_groups(game, magnitude, left)
         left -= len(groups)
@@ -100,7 +99,7 @@ class GuidedAblation(PerturbationMethod):
         for group, drop in zip(groups, drops, strict=True):
             attr[:, group] = drop[:, None] * shares(magnitude[group])
             measured[group] = len(group) == 1
-        return Found(attr, measured)
+        return Outcome(attr, measured)
 
 
 def first_groups(game: Game, magnitude: Tensor, evaluations: int) -> list[Group]:

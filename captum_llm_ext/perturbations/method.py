@@ -20,8 +20,8 @@ Tensors = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a run found, where it is more than attributions.
+class Outcome:
+    """What a run returns, where it is more than attributions.
 
     attributions: (1 + n_output, n_features), or (n_features,) of the sequence alone; measured:
     (n_features,) bool, which features were left out alone; lds: the rank correlation that a
@@ -32,13 +32,13 @@ class Found:
     measured: Tensor | None = None
     lds: float | None = None
 
-    def by_column(self, column_of: Tensor) -> Found:
+    def by_column(self, column_of: Tensor) -> Outcome:
         """The same with each column of `column_of` (n_columns,) as a feature."""
         measured = None if self.measured is None else self.measured[column_of]
         return replace(self, attributions=self.attributions[:, column_of], measured=measured)
 
 
-Run: TypeAlias = Generator[Tensor, Tensor, Tensor | Found]
+Run: TypeAlias = Generator[Tensor, Tensor, Tensor | Outcome]
 
 
 class PerturbationMethod(PerturbationAttribution):
@@ -48,8 +48,8 @@ class PerturbationMethod(PerturbationAttribution):
     and 0 where its baseline stands, and is sent their scores (n_rows, 1 + n_output), the
     sequence's first and then each target token's. It may yield again, and its later masks may
     depend on the scores. It returns attributions (1 + n_output, n_features), or (n_features,) of
-    the sequence where it has no rows per token; or a `Found`, which says more about them. Each mask
-    is scored once. All these tensors are on the CPU. `game` has `n_features`, `names`, `borders`,
+    the sequence where it has no rows per token; or an `Outcome`, which says more about them. Each
+    mask is scored once. All these tensors are on the CPU. `game` has `n_features`, `names`, `borders`,
     `guide`, `generator`, `whole()` and `leave_one_out()`: see
     `captum_llm_ext.perturbations.game.Game`.
 
@@ -109,7 +109,7 @@ class PerturbationMethod(PerturbationAttribution):
                 for play, rows in zip(plays, scores, strict=True):
                     if play.is_waiting:
                         play.send(rows)
-        attr = masked.shaped([play.found.attributions for play in plays])
+        attr = masked.shaped([play.outcome.attributions for play in plays])
         return attr if isinstance(inputs, tuple) else attr[0]
 
     def attribute_masked(
@@ -118,7 +118,7 @@ class PerturbationMethod(PerturbationAttribution):
         guide: Tensor | None = None,
         feature_mask: Tensor | None = None,
         **reserved: Any,
-    ) -> Found:
+    ) -> Outcome:
         """What is found of a prompt or a picture: attributions (1 + n_output or 1, n_features).
 
         Args:
@@ -142,15 +142,15 @@ class PerturbationMethod(PerturbationAttribution):
         play = Play(self, game)
         while play.is_waiting:
             play.send(masked.scores(play.masks[:, group_of]).cpu())
-        found = play.found.by_column(group_of)
-        return replace(found, attributions=found.attributions.to(masked.device))
+        outcome = play.outcome.by_column(group_of)
+        return replace(outcome, attributions=outcome.attributions.to(masked.device))
 
 
 class Play:
-    """A method's run over one game: `masks` that wait for their scores, then what is `found`."""
+    """A method's run over one game: `masks` that wait for their scores, then the `outcome`."""
 
     def __init__(self, method: PerturbationMethod, game: Game) -> None:
-        self.game, self.masks, self.found = game, game.whole(), Found(game.whole())
+        self.game, self.masks, self.outcome = game, game.whole(), Outcome(game.whole())
         self._name, self._n_columns, self.is_waiting = type(method).__name__, 1, True
         self._run = method.run(game)
         if not isinstance(self._run, Generator):
@@ -170,9 +170,9 @@ class Play:
         try:
             masks = self._run.send(scores)
         except StopIteration as stop:
-            found = stop.value if isinstance(stop.value, Found) else Found(stop.value)
-            attr = checked_rows(found.attributions, self._n_columns, n_features, self._name)
-            self.found, self.is_waiting = replace(found, attributions=attr), False
+            outcome = stop.value if isinstance(stop.value, Outcome) else Outcome(stop.value)
+            attr = checked_rows(outcome.attributions, self._n_columns, n_features, self._name)
+            self.outcome, self.is_waiting = replace(outcome, attributions=attr), False
             return
         if masks.dim() != 2 or masks.size(1) != n_features or not len(masks):
             raise ValueError(

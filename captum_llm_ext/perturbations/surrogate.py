@@ -9,7 +9,7 @@ from torch import Tensor
 
 from captum_llm_ext.perturbations.game import Game
 from captum_llm_ext.perturbations.guides import checked_guide
-from captum_llm_ext.perturbations.method import Found, PerturbationMethod, Run
+from captum_llm_ext.perturbations.method import Outcome, PerturbationMethod, Run
 from captum_llm_ext.scoring.checks import check_counts
 from captum_llm_ext.warning import warn
 
@@ -73,7 +73,7 @@ class SparseSurrogate(PerturbationMethod):
         """Random masks, and a regression of their scores."""
         masks = random_masks(game, self.n_masks)
         scores = yield masks
-        found = weights(masks, scores, game.guide)
+        weighted = weights(masks, scores, game.guide)
         lds = held_back_correlation(masks, scores, game.guide)
         if lds is not None and lds < LEAST_LDS:
             guided = "" if self.guide else ', or guide="flow"'
@@ -82,7 +82,7 @@ class SparseSurrogate(PerturbationMethod):
                 f"correlation of {lds:.2f}: give more n_masks than {self.n_masks}, or fewer and "
                 f"larger features{guided}"
             )
-        return Found(found.to(scores.dtype), lds=lds)
+        return Outcome(weighted.to(scores.dtype), lds=lds)
 
 
 def random_masks(game: Game, n_masks: int) -> Tensor:

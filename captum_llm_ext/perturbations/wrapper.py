@@ -35,7 +35,7 @@ from captum_llm_ext.perturbations.masked_prompts import (
     MaskedPicture,
     MaskedPrompts,
 )
-from captum_llm_ext.perturbations.method import Found, PerturbationMethod
+from captum_llm_ext.perturbations.method import Outcome, PerturbationMethod
 from captum_llm_ext.perturbations.stand_in import warn_of_hiding_stand_in
 from captum_llm_ext.registry import METHODS, PERTURBATION, load, method_named, methods_of
 from captum_llm_ext.results import LLMAttributionResult
@@ -342,13 +342,13 @@ class LLMAttribution(CaptumLLMAttribution):
         return MaskedPicture(inp, forward, tokens, ids.tolist(), self.device)
 
 
-def _measured_in_all(inp: InterpretableInput, trials: Sequence[Found]) -> Tensor | None:
+def _measured_in_all(inp: InterpretableInput, trials: Sequence[Outcome]) -> Tensor | None:
     """(n_input,) bool, which features every trial left out alone, if the method tells."""
     rows = [trial.measured for trial in trials if trial.measured is not None]
     return inp.format_attr(torch.stack(rows).all(0)[None].float())[0] > 0 if rows else None
 
 
-def _mean_lds(trials: Sequence[Found]) -> float | None:
+def _mean_lds(trials: Sequence[Outcome]) -> float | None:
     """The mean over the trials, None where one has none."""
     values = [trial.lds for trial in trials]
     return None if None in values else float(sum(values) / len(values))  # type: ignore[arg-type]

@@ -20,7 +20,7 @@ from captum_llm_ext import (
     segment_input,
 )
 from captum_llm_ext.perturbations.game import Border, Game
-from captum_llm_ext.perturbations.method import Found, Play
+from captum_llm_ext.perturbations.method import Outcome, Play
 from captum_llm_ext.results.single import LLMAttributionResult as Result
 from tests.models.encoder_decoder import tiny_seq2seq
 from tests.models.families import PROMPT, CausalToy, tiny_model, tiny_tokenizer
@@ -55,14 +55,14 @@ def random_game(seed: int) -> tuple[Game, Any]:
     return Game(names, BORDERS, guide), score
 
 
-def played(game: Game, score: Any, **options: Any) -> tuple[Found, Tensor]:
+def played(game: Game, score: Any, **options: Any) -> tuple[Outcome, Tensor]:
     """What is found, and every mask that was asked for."""
     play = Play(GuidedAblation(None, **options), game)
     asked = []
     while play.is_waiting:
         asked.append(play.masks)
         play.send(score(play.masks))
-    return play.found, torch.cat(asked)
+    return play.outcome, torch.cat(asked)
 
 
 @pytest.mark.parametrize("budget", [2, 3, 7, 16, 30, 31, 50])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from captum_llm_ext import LLMAttribution, SparseSurrogate, explain
 from captum_llm_ext.perturbations.game import Game
-from captum_llm_ext.perturbations.method import Found, Play
+from captum_llm_ext.perturbations.method import Outcome, Play
 from captum_llm_ext.perturbations.surrogate import NOISES, lasso, rank_correlation, ridge
 from captum_llm_ext.results.single import LLMAttributionResult
 from tests.models.families import PROMPT, tiny_model, tiny_tokenizer
@@ -65,11 +65,11 @@ def test_the_ridge_is_the_posterior_mean_with_the_best_noise(n_masks: int, n_fea
         torch.testing.assert_close(row, solved(x, column, best))
 
 
-def played(n_features: int, score: Any, guide: Tensor | None = None, **options: Any) -> Found:
+def played(n_features: int, score: Any, guide: Tensor | None = None, **options: Any) -> Outcome:
     game = Game([""] * n_features, [], guide, seed=lambda: 3)
     play = Play(SparseSurrogate(None, **options), game)
     play.send(score(play.masks.double()))
-    return play.found
+    return play.outcome
 
 
 EFFECTS = torch.linspace(-1, 2, 12).double()
