@@ -49,8 +49,8 @@ class PerturbationMethod(PerturbationAttribution):
     sequence's first and then each target token's. It may yield again, and its later masks may
     depend on the scores. It returns attributions (1 + n_output, n_features), or (n_features,) of
     the sequence where it has no rows per token; or an `Outcome`, which says more about them. Each
-    mask is scored once. All these tensors are on the CPU. `game` has `n_features`, `names`, `borders`,
-    `guide`, `generator`, `whole()` and `leave_one_out()`: see
+    mask is scored once. All these tensors are on the CPU. `game` has `n_features`, `names`,
+    `borders`, `guide`, `generator`, `whole()` and `leave_one_out()`: see
     `captum_llm_ext.perturbations.game.Game`.
 
     `LLMAttribution` runs it on prompts. `attribute` runs it on plain tensors, where the columns of
