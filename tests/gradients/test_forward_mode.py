@@ -173,7 +173,7 @@ def test_the_keyword_is_accepted_and_changes_nothing(keyword: bool | None) -> No
 
 def test_derivatives_that_are_wrong_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """Some operations lose tangents: then the sum of the forward derivatives is another one."""
-    model = tiny_model("llama")
+    model = tiny_model("llama", fresh=True)
     backward = attribute(model, "model.embed_tokens", mode=False)
 
     def lossy(*arguments: Any) -> tuple[torch.Tensor, ...]:
