@@ -10,16 +10,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from captum_llm_ext.batches.journal import Record
 from captum_llm_ext.batches.lines import Line, identity, read_prompt
 from captum_llm_ext.explaining import Layers, explain
-from captum_llm_ext.inputs.features import prompt_ids
-from captum_llm_ext.model.layers import input_device
 from captum_llm_ext.model.random_state import seeded
-from captum_llm_ext.scoring.checks import check_vocabulary
-from captum_llm_ext.scoring.context import generating
 from captum_llm_ext.scoring.tasks import gen_args_of_target
 from captum_llm_ext.warning import warn
 
@@ -38,21 +34,8 @@ class Explainer:
     seed: int
     options: Mapping[str, Any]
 
-    def prompt_without_target(self, line: Line) -> Tensor | None:
-        """The ids (n_prompt,) of a line's prompt; None where it has a target or is refused."""
-        try:
-            request = read_prompt(line, self.tokenizer, self.by, self.roles, self.target)
-            ids = prompt_ids(request.inp, None, self.tokenizer, input_device(self.model))
-            check_vocabulary(self.model, ids)
-            with generating(self.model, len(ids)):
-                return ids if request.target is None and len(ids) else None
-        except Exception:  # the record of the line will say what is wrong
-            return None
-
-    def record(self, line: Line, target: Tensor | None = None) -> Record:
+    def record(self, line: Line) -> Record:
         """The record of a line: "status" "ok" with the result, or "error" with the error.
-
-        target: the ids (n_output,) that were generated for it, with those of other lines.
 
         Raises:
             RuntimeError: the GPU is broken, so that every further line would fail.
@@ -60,7 +43,7 @@ class Explainer:
         head = {"line": line.number, "id": identity(line)}
         try:
             with seeded(self.seed, line.number):
-                return head | {"status": "ok", "result": json.loads(self._result(line, target))}
+                return head | {"status": "ok", "result": json.loads(self._result(line))}
         except Exception as error:
             if "CUDA error" in str(error):
                 raise
@@ -70,17 +53,16 @@ class Explainer:
                 "error": {"type": type(error).__name__, "message": message},
             }
 
-    def _result(self, line: Line, generated: Tensor | None) -> str:
+    def _result(self, line: Line) -> str:
         request = read_prompt(line, self.tokenizer, self.by, self.roles, self.target)
         options = {**self.options, **request.options}
-        target = generated if request.target is None else request.target
-        if target is not None:
+        if request.target is not None:
             options["gen_args"] = gen_args_of_target(self.model, options.get("gen_args"))
         result = explain(
             self.model,
             self.tokenizer,
             request.inp,
-            target,
+            request.target,
             self.method,
             self.layers,
             **options,

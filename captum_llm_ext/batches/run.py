@@ -26,7 +26,6 @@ from captum_llm_ext.batches.output import WORK_SUFFIX, output_format, write_outp
 from captum_llm_ext.batches.processes import Process, this_process
 from captum_llm_ext.batches.records import Explainer, Warner
 from captum_llm_ext.batches.settings import batch_settings, check_settings, write_whole
-from captum_llm_ext.batches.together import Together
 from captum_llm_ext.choosing import automatic_methods
 from captum_llm_ext.explaining import Layers, check_options
 from captum_llm_ext.model.lock import holding
@@ -80,8 +79,7 @@ def batch(
     line that is malformed or fails becomes an error record. A launcher (``accelerate launch``,
     torchrun, MPI) may start several processes: each takes its share of the lines, and the last to
     end writes the file. All of them must see the folder of `out`. The number of processes may
-    change between calls. Greedy targets are generated for 16 lines of like length at once, where
-    the model gives a row that is padded the target that it gives the row alone.
+    change between calls.
 
     Args:
         model: a causal language model, on the device of this process.
@@ -159,17 +157,12 @@ def _explain_share(
     files: _Files,
     show_progress: bool,
 ) -> None:
-    """Write the records of this process's lines, the longest first, equal lengths together.
-
-    Targets are generated for a group of lines at once, whether or not all of them are left.
-    """
+    """Write the records of this process's lines, the longest first, equal lengths together."""
     tokens = {
         line.number: number_of_tokens(line, explainer.tokenizer, explainer.by, explainer.roles)
         for line in lines
     }
-    together = Together.of(explainer, sorted(lines, key=lambda line: -tokens[line.number]))
-    groups = process.share(together.groups)
-    share = [line for group in groups for line in group]
+    share = process.share(sorted(lines, key=lambda line: -tokens[line.number]))
     left = [line for line in share if line.number not in finished]
     warner, hidden = Warner(), not show_progress or process.index > 0
     total = sum(tokens[line.number] for line in share)
@@ -178,22 +171,13 @@ def _explain_share(
         appending(journal_path(files.folder, process.index)) as append,
         tqdm(total=total, initial=start, unit="token", disable=hidden) as bar,
     ):
-        done = len(share) - len(left)
-        # Warning filters and random generators are the whole process's.
-        shared = explainer.model, warnings, random
-        for group in groups:
-            unfinished = [line for line in group if line.number not in finished]
-            targets = {}
-            if unfinished:
-                with holding(*shared), warner.of_line(group[0].number):
-                    targets = together.targets(group)
-            for line in unfinished:
-                done += 1
-                bar.set_description(f"prompt {done} of {len(share)}", refresh=False)
-                with holding(*shared), warner.of_line(line.number):
-                    record = explainer.record(line, targets.get(line.number))
-                append(record)
-                bar.update(tokens[line.number])
+        for number, line in enumerate(left, len(share) - len(left) + 1):
+            bar.set_description(f"prompt {number} of {len(share)}", refresh=False)
+            # Warning filters and random generators are the whole process's.
+            with holding(explainer.model, warnings, random), warner.of_line(line.number):
+                record = explainer.record(line)
+            append(record)
+            bar.update(tokens[line.number])
 
 
 class _Files:

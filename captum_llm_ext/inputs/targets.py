@@ -40,15 +40,6 @@ MODEL_INPUTS = (
     "decoder_inputs_embeds",
     "decoder_attention_mask",
 )
-# Settings of `generate` beside which the likeliest token is taken each time.
-PLAIN_SETTINGS = frozenset(
-    {
-        *("do_sample", "temperature", "top_p", "top_k", "max_new_tokens", "min_new_tokens"),
-        *("bos_token_id", "eos_token_id", "pad_token_id", "use_cache"),
-        *("output_attentions", "output_hidden_states", "transformers_version"),
-        "_from_model_config",
-    }
-)
 
 
 def check_attr_target(attr_target: str, supported: Sequence[str]) -> str:
@@ -91,43 +82,6 @@ def generated_ids(
         pad, end = settings.get("pad_token_id", of_config), getattr(tokenizer, "eos_token_id", None)
         return _without_padding(generated, pad, keep=int(pad == end))
     return generated
-
-
-def is_greedy(model: Any, gen_args: Mapping[str, Any] | None) -> bool:
-    """Whether ``generate`` takes the likeliest token each time, by the logits and nothing else."""
-    defaults = getattr(model, "generation_config", None)
-    if defaults is None or not callable(getattr(model, "generate", None)):
-        return False
-    settings = {**defaults.to_diff_dict(), **(gen_args or DEFAULT_GEN_ARGS)}
-    plain = PLAIN_SETTINGS | ({"max_length"} if "max_new_tokens" in settings else set())
-    return not settings.get("do_sample") and set(settings) <= plain
-
-
-def generated_together(
-    model: Any, prompts: Sequence[Tensor], gen_args: Mapping[str, Any] | None, tokenizer: Any
-) -> list[Tensor]:
-    """The ids (n_output,) that the model generates greedily after each of several prompts
-    (n_prompt,), in one batch, padded on the left, where no token looks."""
-    settings = generation_settings(gen_args, tokenizer, model.generate)
-    longest, pad = max(map(len, prompts)), settings.get("pad_token_id", 0)
-    ids = torch.stack([_padded(prompt, longest, pad) for prompt in prompts])
-    mask = torch.stack([_padded(torch.ones_like(prompt), longest, 0) for prompt in prompts])
-    with torch.no_grad():
-        output = model.generate(input_ids=ids, attention_mask=mask, **settings)
-    sequences = output if isinstance(output, Tensor) else output.sequences
-    ends = settings.get("eos_token_id", model.generation_config.eos_token_id)
-    ends = torch.as_tensor([] if ends is None else ends, device=ids.device).flatten()
-    return [_to_end(row[longest:], ends) for row in sequences]
-
-
-def _padded(ids: Tensor, length: int, value: int) -> Tensor:
-    return torch.nn.functional.pad(ids, (length - len(ids), 0), value=value)
-
-
-def _to_end(ids: Tensor, ends: Tensor) -> Tensor:
-    """The ids up to the first that ends a text, and with it."""
-    at = torch.isin(ids, ends).nonzero().flatten()
-    return ids[: int(at[0]) + 1] if len(at) else ids
 
 
 def _without_padding(ids: Tensor, pad: int | None, keep: int) -> Tensor:
