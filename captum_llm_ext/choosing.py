@@ -14,7 +14,7 @@ from torch import nn
 from captum_llm_ext.model.adapter import CAUSAL
 from captum_llm_ext.model.signatures import keywords
 from captum_llm_ext.model.suitability import UnreadableAttentionError
-from captum_llm_ext.registry import AUTOMATIC, load, method_named
+from captum_llm_ext.registry import AUTOMATIC, WITHOUT_EFFECT, load, method_named
 from captum_llm_ext.scoring.tasks import task_of
 
 _T = TypeVar("_T")
@@ -26,7 +26,8 @@ def automatic_methods(
     """The methods to try for a model and the options of a call, the best one first.
 
     All methods of the table but the last need a causal model with attention, no layers, and no
-    options but those that every method of the table takes. Options that are None do not count.
+    options but those that every method of the table takes, or that change no result. Options that
+    are None do not count.
     Whether attention can really be read shows when it is: see `first_that_reads`.
 
     >>> automatic_methods(model)
@@ -35,8 +36,8 @@ def automatic_methods(
     ('saliency',)
     """
     *better, last = AUTOMATIC
-    given = {name for name, value in (options or {}).items() if value is not None}
-    if layers is not None or not given <= _options_of_all():
+    chosen = {name for name, value in (options or {}).items() if value is not None}
+    if layers is not None or not chosen - set(WITHOUT_EFFECT) <= _options_of_all():
         return (last,)
     return (*(name for name in better if _serves(name, model)), last)
 

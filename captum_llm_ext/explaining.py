@@ -14,7 +14,7 @@ from captum_llm_ext.inputs.prompts import as_input
 from captum_llm_ext.model.adapter import QA
 from captum_llm_ext.model.signatures import keywords
 from captum_llm_ext.model.suitability import check_pair
-from captum_llm_ext.registry import METHODS, did_you_mean, load, method_named
+from captum_llm_ext.registry import METHODS, WITHOUT_EFFECT, did_you_mean, load, method_named
 from captum_llm_ext.results.layered import LLMLayerAttributionResult
 from captum_llm_ext.results.single import LLMAttributionResult
 from captum_llm_ext.scoring.tasks import task_of
@@ -108,6 +108,9 @@ def explain(
     def run(name: str) -> LLMAttributionResult:
         wrapper, left = make_wrapper(model, tokenizer, name, layers, options)
         inp = as_input(prompt, tokenizer, context, task_of(model).name == QA)
+        if method is None:  # the chosen method need not take what changes no result
+            taken = wrapper.method_options() | keywords(wrapper.attribute)
+            left = {key: x for key, x in left.items() if key in taken or key not in WITHOUT_EFFECT}
         result: LLMAttributionResult = wrapper.attribute(inp, target=target, **left)
         return result  # it knows its method
 

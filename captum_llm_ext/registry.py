@@ -175,6 +175,9 @@ METHODS: dict[str, Method] = {
 # options (`choosing.py`). The last serves every model and every call.
 AUTOMATIC = ("flow", "saliency")
 
+# Options of `attribute` that change how the work is done, and not its results.
+WITHOUT_EFFECT = ("internal_batch_size", "perturbations_per_eval", "show_progress", "check")
+
 # The values of each option that takes one of a few. The modules that implement them import torch,
 # so the names stand here as well; `tests/cli/test_starts_at_once.py` holds the two together.
 CHOICES: dict[str, tuple[str, ...]] = {

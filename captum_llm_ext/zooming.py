@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,7 +12,9 @@ from captum_llm_ext.compat import CaptumTextTemplateInput
 from captum_llm_ext.explaining import explain
 from captum_llm_ext.inputs.segments import find_segments, template_of_spans
 from captum_llm_ext.inputs.templates import render_template, value_spans
+from captum_llm_ext.results.provenance import Provenance
 from captum_llm_ext.results.single import LLMAttributionResult
+from captum_llm_ext.scoring.tasks import gen_args_of_target
 
 
 def zoom(
@@ -66,12 +69,29 @@ def zoom(
     parts = find_segments(text, by, spans[number])
     if not parts:
         raise ValueError(f"the feature {inp.values[number]!r} has no part by {by!r}")
-    if target is None and result.provenance is not None:
-        target = torch.tensor(result.provenance.target_ids)
+    if result.provenance is not None:
+        options = {**_scored_as(result.provenance, model, options), **options}
+        if target is None and result.provenance.target_ids is not None:
+            target = torch.tensor(result.provenance.target_ids)
     if target is None:
         raise ValueError("the result does not know its target (provenance): pass target=")
     part_input = template_of_spans(text, parts)
     return explain(model, tokenizer, part_input, target, method or "guided", **options)
+
+
+def _scored_as(
+    provenance: Provenance, model: nn.Module, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The options by which the result was scored."""
+    contrast = provenance.options.get("contrast_target")
+    if "contrast_target" not in options and not isinstance(contrast, str | None):
+        raise ValueError("the result keeps a contrast_target as text alone: pass contrast_target=")
+    made_with = {
+        "attr_target": provenance.score,
+        "contrast_target": contrast,
+        "gen_args": gen_args_of_target(model, provenance.options.get("gen_args")),
+    }
+    return {name: value for name, value in made_with.items() if value is not None}
 
 
 def _number(feature: int | str, values: list[str]) -> int:

@@ -56,7 +56,7 @@ def test_flow_is_the_default(inp: Any, options: dict[str, Any]) -> None:
 
 def test_the_result_says_which_method_it_has() -> None:
     result = explain(tiny_model("llama"), tiny_tokenizer(), "Palm Coast", " golf")
-    assert "output token, flow, top: " in repr(result)
+    assert "output token, flow, " in repr(result)
     assert result.to_text(color=False).splitlines()[0].endswith("output token, flow")
     assert LLMAttributionResult.from_json(result.to_json()).method == "flow"
     assert result.merge("word").method == "flow"

@@ -261,10 +261,10 @@ class _NotExplainedError(Exception):
 
 def _check_length(model: str, name: str, weights: Tensor, length: int) -> None:
     if weights.size(-1) != length:
-        raise ValueError(
+        raise UnreadableAttentionError(
             f"{model} feeds {name} {weights.size(-1)} tokens, and prompt and target have {length}: "
-            "it adds tokens of its own, as prompt tuning does, and their attention is not told "
-            "from the prompt's; use a gradient or perturbation method"
+            "it adds tokens, as prompt tuning does, and their attention is not told from the "
+            "prompt's"
         )
 
 

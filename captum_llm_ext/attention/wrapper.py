@@ -22,6 +22,7 @@ from captum_llm_ext.compat import (
 from captum_llm_ext.inputs.features import Features, read_features
 from captum_llm_ext.inputs.statements import Statements, check_by_output, statements_of
 from captum_llm_ext.model.adapter import QA, SEQ2SEQ
+from captum_llm_ext.model.check_cache import forget
 from captum_llm_ext.model.encoder_decoder import EncoderDecoder
 from captum_llm_ext.model.layers import (
     LayerSpec,
@@ -130,6 +131,7 @@ class LLMAttentionAttribution(BaseLLMAttribution):
         include_generated: bool = False,
         include_prompt_attention: bool = False,
         show_progress: bool = False,
+        check: bool = False,
         by_output: str = "token",
     ) -> LLMAttentionAttributionResult:
         """Read the attention of every target token to every feature of the input.
@@ -140,8 +142,8 @@ class LLMAttentionAttribution(BaseLLMAttribution):
             target: a string (encoded without special tokens), a 1-D tensor of token ids, or None
                 to let the model generate it.
             gen_args: arguments of ``model.generate`` when `target` is None. Default: greedy, 25
-                new tokens. Of an encoder-decoder model also with a `target`: `forced_bos_token_id`
-                (such as the target's language) or another of `decoder_start_token_id` and
+                new tokens. An encoder-decoder model takes some of them with a `target` too:
+                `forced_bos_token_id` (such as the target's language), `decoder_start_token_id` and
                 `decoder_input_ids`, the ids after which the target is scored. These are never part
                 of the target. Default: as ``generate`` has them, of `model.generation_config`.
             include_per_token_attr: False leaves out the rows per target token, `token_attr` and
@@ -153,6 +155,9 @@ class LLMAttentionAttribution(BaseLLMAttribution):
             include_prompt_attention: also keep the attention among the tokens of the prompt. An
                 encoder-decoder model does not have this.
             show_progress: has no effect, since there is one pass; other wrappers take it too.
+            check: ask the model again what earlier calls measured, such as whether it is causal. It
+                is remembered for each model, until its modules, flags, hooks, configuration or
+                weights change.
             by_output: "token" (default), or "sentence": rows, `attention` and sinks are then of the
                 sentences of the target: the means over their tokens, and for "flow" the shares in
                 the state of a sentence's tokens together. `output_tokens` are their texts.
@@ -173,6 +178,8 @@ class LLMAttentionAttribution(BaseLLMAttribution):
         Warns:
             when dropout is active.
         """
+        if check:
+            forget(self.model)
         check_by_output(by_output, include_per_token_attr)
         if by_output != "token" and include_generated:
             raise ValueError("by_output='sentence' has no columns of generated tokens: choose one")

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from captum_llm_ext._version import __version__
 from captum_llm_ext.batches.lines import Line, shortened
 from captum_llm_ext.model.compiled import original, original_name
-from captum_llm_ext.results.recording import WITHOUT_EFFECT, as_json, digest
+from captum_llm_ext.registry import WITHOUT_EFFECT
+from captum_llm_ext.results.recording import as_json, digest, versions
 
 VALUES_PER_WEIGHT = 8
 
@@ -24,7 +24,7 @@ def batch_settings(
 ) -> dict[str, Any]:
     """Everything that the results depend on, as JSON writes it; large things as digests."""
     return {
-        "captum_llm_ext": __version__,
+        **versions(),
         "model": digest(_weights(model)),
         "tokenizer": digest(_tokenizer(tokenizer)),
         "prompts": digest(part for line in lines for part in (str(line.number), line.text)),

@@ -41,8 +41,8 @@ class LayerRelevance(LayerMethod):
     passes through a softmax (of attention under "attnlrp", of a router of experts), what enters the
     model past the layer, and with "log_prob" what the other tokens' logits add.
 
-    "attnlrp" was worse than chance on Gemma 3 270M, where "cp" was not: judge it on your model (see
-    `faithfulness`) before you trust it.
+    "attnlrp" may rank tokens badly on models that normalise queries and keys, as Gemma 3 does:
+    judge it on your model (see `faithfulness`) before you trust it.
 
     According to the README of LXT 2.1 (https://pypi.org/project/lxt/2.1/), the library of AttnLRP's
     authors, layer-wise relevance propagation is a patented technology, free of charge for personal

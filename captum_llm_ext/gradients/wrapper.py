@@ -143,7 +143,7 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
 
         Args:
             inp: the prompt, a `TextTokenInput` or a `TextTemplateInput`, also of `chat_input` and
-                `segment_input`. Of a template each value is a feature, and its path starts at its
+                `segment_input`. Each value of a template is a feature, and its path starts at its
                 baseline: token by token where both have as many tokens, otherwise at the mean of
                 the baseline's embeddings, and where it is empty at `baselines` ("mean"). A token
                 that straddles a border belongs to the value that it mostly covers.
@@ -152,8 +152,8 @@ class LLMGradientAttribution(CaptumLLMGradientAttribution):
                 the first place in the context counts, the positions (start, end) of its tokens in
                 the prompt, or None for the likeliest span of the context.
             gen_args: arguments of ``model.generate`` when `target` is None. Default: greedy, 25
-                new tokens. Of an encoder-decoder model also with a `target`: `forced_bos_token_id`
-                (such as the target's language) or another of `decoder_start_token_id` and
+                new tokens. An encoder-decoder model takes some of them with a `target` too:
+                `forced_bos_token_id` (such as the target's language), `decoder_start_token_id` and
                 `decoder_input_ids`, the ids after which the target is scored. These are never part
                 of the target. Default: as ``generate`` has them, of `model.generation_config`.
             include_per_token_attr: False computes the sequence attribution alone, with one

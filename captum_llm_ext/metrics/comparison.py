@@ -122,6 +122,8 @@ class MethodComparison:
         table = DataFrame(columns).sort_values(("deletion", "mean"), ascending=False)
         if len(keys) > 1:
             table = table.sort_index(level=0, sort_remaining=False, kind="stable")
+        else:
+            table.index.name = None
         return cls(prompts, table)
 
     def plot(

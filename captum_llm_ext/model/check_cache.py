@@ -5,7 +5,8 @@ answers are kept for each model as long as it looks the same: its modules with t
 ``forward``, their flags and their hooks; its configurations, with the attention implementation; the
 kinds, dtypes and devices of its weights, and how often they were changed in place. Adapters and
 quantised layers are modules with flags. The memory is blind to code that is changed elsewhere, such
-as a function that a module calls; ``attribute(..., check=True)`` asks again.
+as a function that a module calls, and to values written through ``weight.data``;
+``attribute(..., check=True)`` asks again.
 
 Only weak references to models, and none to tensors, are kept.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from functools import partial
+from itertools import chain
 from types import FunctionType, MethodType
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary, ref
@@ -67,7 +69,7 @@ def _look(model: nn.Module) -> Look:
     return (
         *map(_of_module, model.modules()),
         *(_values(vars(config)) for config in _configs(model)),
-        *map(_of_weight, model.parameters()),
+        *map(_of_weight, chain(model.parameters(), model.buffers())),
     )
 
 
@@ -80,19 +82,20 @@ def _of_module(module: nn.Module) -> Look:
 
 def _of_weight(weight: Tensor) -> Look:
     changes = 0 if weight.is_inference() else weight._version  # in place, as a step of training
-    return type(weight), weight.dtype, weight.device, changes
+    return id(weight), type(weight), weight.dtype, weight.device, weight.shape, changes
 
 
-def _configs(model: nn.Module) -> Iterable[PretrainedConfig]:
-    """The configurations of the modules, and those inside them, each once."""
-    found: dict[int, PretrainedConfig] = {}
-    waiting = [vars(module).get("config") for module in model.modules()]
+def _configs(model: nn.Module) -> Iterable[Any]:
+    """The configurations of the modules, of any class, and those inside them, each once."""
+    configs = [vars(module).get("config") for module in model.modules()]
+    by_id = {id(config): config for config in configs if hasattr(config, "__dict__")}
+    waiting = list(by_id.values())
     while waiting:
-        config = waiting.pop()
-        if isinstance(config, PretrainedConfig) and id(config) not in found:
-            found[id(config)] = config
-            waiting += vars(config).values()
-    return found.values()
+        for inner in vars(waiting.pop()).values():
+            if isinstance(inner, PretrainedConfig) and id(inner) not in by_id:
+                by_id[id(inner)] = inner
+                waiting.append(inner)
+    return by_id.values()
 
 
 def _values(attributes: Mapping[Any, Any]) -> Look:

@@ -13,8 +13,8 @@ from captum_llm_ext.perturbations.method import Outcome, PerturbationMethod, Run
 from captum_llm_ext.scoring.checks import check_counts
 from captum_llm_ext.warning import warn
 
-# Of the evaluations: those of features that the guide names, and, of what is left, those of the
-# groups that the other features begin in. All others go to splitting groups.
+# Shares of the evaluations: ALONE goes to features that the guide names; FIRST_GROUPS of what is
+# left goes to the groups that the other features begin in, and the remainder to splitting groups.
 ALONE, FIRST_GROUPS = 0.25, 0.5
 SPLIT_AT_ONCE = 0.25  # of the evaluations that are left, as groups
 LEAST_PART = 0.25  # of a group that a natural border may cut off

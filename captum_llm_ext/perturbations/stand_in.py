@@ -47,7 +47,7 @@ def warn_of_hiding_stand_in(masked: MaskedPrompts) -> None:
         token = masked.tokenizer.convert_ids_to_tokens([stand_in])[0]
         warn(
             f"the baseline {token!r} (id {stand_in}) hides what stands before it from the model: "
-            f"in the middle of a prompt it takes away {share:.0%} of what all tokens "
+            f"in the prompt where this was measured it takes away {share:.0%} of what all tokens "
             "before it are worth, beside the token that it replaces. Attributions grow towards the "
             "end of the prompt for that reason. Choose another, such as baselines='remove' or 'pad'"
         )

@@ -209,8 +209,8 @@ class LLMAttribution(CaptumLLMAttribution):
                 prompt, or None for the likeliest span of the context.
             num_trials: how many trials are averaged; a callable baseline is drawn once in each.
             gen_args: arguments of ``model.generate`` when `target` is None. Default: greedy, 25
-                new tokens. Of an encoder-decoder model also with a `target`: `forced_bos_token_id`
-                (such as the target's language) or another of `decoder_start_token_id` and
+                new tokens. An encoder-decoder model takes some of them with a `target` too:
+                `forced_bos_token_id` (such as the target's language), `decoder_start_token_id` and
                 `decoder_input_ids`, the ids after which the target is scored. These are never part
                 of the target. Default: as ``generate`` has them, of `model.generation_config`.
             use_cached_outputs: accepted for Captum's sake; the result does not depend on it.

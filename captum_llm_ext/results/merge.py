@@ -87,9 +87,9 @@ def _merged_hidden(values: Any, spans: Spans, norm: str | None) -> Any:
     return torch.stack([values[:, start:stop].sum(1) for start, stop in spans], dim=1)
 
 
-def _all_in(flags: Tensor, spans: Spans, norm: str | None) -> Tensor:
-    """Shape (n_input,) to (n_spans,): whether each flag of a span is set."""
-    return torch.stack([flags[start:stop].all() for start, stop in spans])
+def _alone_in(flags: Tensor, spans: Spans, norm: str | None) -> Tensor:
+    """Shape (n_input,) to (n_spans,): whether a span is one feature that was left out alone."""
+    return torch.stack([flags[start:stop].all() & (stop - start == 1) for start, stop in spans])
 
 
 _MERGED: dict[str, Callable[[Any, Spans, str | None], Any]] = {
@@ -100,7 +100,7 @@ _MERGED: dict[str, Callable[[Any, Spans, str | None], Any]] = {
     "layer_token_attr": _merged_columns,
     "hidden_attr": _merged_hidden,
     "attention": _merged_columns,
-    "measured": _all_in,
+    "measured": _alone_in,
 }
 
 

@@ -20,11 +20,9 @@ from captum_llm_ext.compat import CaptumTextTemplateInput, InterpretableInput
 from captum_llm_ext.model.compiled import original
 from captum_llm_ext.model.layers import named_layers
 from captum_llm_ext.model.quantized import quantization_of
-from captum_llm_ext.registry import METHODS, load
+from captum_llm_ext.registry import METHODS, WITHOUT_EFFECT, load
 from captum_llm_ext.results.provenance import Provenance
 
-# These arguments change how the work is done, and not its results.
-WITHOUT_EFFECT = ("internal_batch_size", "perturbations_per_eval", "show_progress", "check")
 _TOLD_ELSEWHERE = ("inp", "target", "baselines", "_inspect_forward")
 
 Attribute = TypeVar("Attribute", bound=Callable[..., Any])
@@ -122,11 +120,11 @@ def _chosen(signature: inspect.Signature, arguments: Mapping[str, Any]) -> dict[
 
 def _baseline(inp: Any, arguments: Mapping[str, Any], model: nn.Module) -> Any:
     """What stood for absent features: of the call, or of the input that was attributed."""
-    named = arguments.get("baselines")
-    if named is None or isinstance(inp, CaptumTextTemplateInput):
-        own = getattr(inp, "named_baseline", None)
-        named = getattr(inp, "baselines", None) if own is None else own
-    return as_json(named, model)
+    named, of_input = arguments.get("baselines"), getattr(inp, "named_baseline", None)
+    of_input = getattr(inp, "baselines", None) if of_input is None else of_input
+    if isinstance(inp, CaptumTextTemplateInput) and named is not None:
+        return as_json({"values": of_input, "neutral": named}, model)
+    return as_json(of_input if named is None else named, model)
 
 
 def _source(name: Any) -> str | None:

@@ -107,7 +107,7 @@ class TeacherForcing:
         return Pass(self.target, span, logits, head, cache, precision)
 
     def answer(self, question: str, measure: Callable[[], bool]) -> bool:
-        """What the model is, in these passes' precision; found out once for each model."""
+        """What the model is, in these passes' precision; measured once for each model."""
         return self.checks.answer((question, self.dtype), measure)
 
     @torch.no_grad()
@@ -137,7 +137,12 @@ class TeacherForcing:
         """
         if not len(self.target.fed):
             return self.checks.get(("causal", self.dtype), True)
-        return self.answer("causal", lambda: scored.agrees_with(self._changed(), but_last=1))
+
+        def measure() -> bool:
+            return scored.agrees_with(self._changed(), but_last=1)
+
+        # In 16 bits the comparison allows much, so each prompt is compared for itself.
+        return self.answer("causal", measure) if scored.precision == torch.float32 else measure()
 
     def _changed(self) -> Pass:
         ids = self.ids.clone()

@@ -242,7 +242,10 @@ def test_each_line_has_the_method_that_its_options_allow(tmp_path, monkeypatch):
     ]
     out = tmp_path / "results.jsonl"
     run(lines, out)
-    assert [record["result"]["method"] for record in records(out)] == ["flow", "saliency"]
+    assert [record["result"]["provenance"]["method"] for record in records(out)] == [
+        "flow",
+        "saliency",
+    ]
     monkeypatch.setenv("WORLD_SIZE", "2")  # another process has the other line
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)

@@ -191,7 +191,11 @@ def aims(found: Mapping[str, Any], label: str = FLOW) -> list[str]:
             f"- {label}, planted facts: {own[0]} of {own[1]} named first, by saliency "
             f"{other[0]} of {other[1]}: {met}."
         )
-    return ["What the issue's aims ask of the default:\n\n" + "\n".join(lines)] if lines else []
+    return (
+        ["What is aimed at for the default, and what it has:\n\n" + "\n".join(lines)]
+        if lines
+        else []
+    )
 
 
 def _facts(machine: Mapping[str, Any]) -> str:

@@ -282,8 +282,10 @@ def test_every_example_parses(line):
     command = entry.COMMANDS.get(arguments[0])
     if command is None:
         assert one.build_parser().parse_args(arguments).prompt == arguments[0]
-    else:
+    elif arguments[0] == "batch":
         assert command.build_parser().parse_args(arguments[1:]).prompts.endswith(".jsonl")
+    else:
+        command.build_parser().parse_args(arguments[1:])
 
 
 def test_version(capsys):

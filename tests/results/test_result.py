@@ -82,7 +82,7 @@ def test_values_are_kept_as_detached_float32_and_plot(dtype):
 
 def test_repeated_tokens_keep_their_entries():
     assert single().seq_attr_dict == {
-        "The": -3.0, "Ġcapital": -1.0, "Ġof": 1.0, "Ġthe": 3.0, "Ġcapital (2)": 5.0
+        "The": -3.0, "capital": -1.0, "of": 1.0, "the": 3.0, "capital (2)": 5.0
     }  # fmt: skip
 
 
