@@ -76,11 +76,11 @@ class OneDevice(TorchDispatchMode):
         )
         devices = {x.device.type for x in tensors if x.dim()}
         assert moves or len(devices) < 2, f"{function} mixes {devices}"
-        to = (kwargs or {}).get("device")
-        if function is torch.ops.aten._to_copy.default and args[0].is_meta and to is not None:
-            if to.type == "cpu":  # such as of the target's ids, which the result keeps
-                return torch.zeros(args[0].shape, dtype=kwargs.get("dtype", args[0].dtype))
-        return function(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        to_cpu = str(kwargs.get("device")) == "cpu"  # such as the target's ids, which results keep
+        if function is torch.ops.aten._to_copy.default and to_cpu and args[0].is_meta:
+            return torch.zeros(args[0].shape, dtype=kwargs.get("dtype", args[0].dtype))
+        return function(*args, **kwargs)
 
 
 def start_of_zeros(
