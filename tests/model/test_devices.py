@@ -104,6 +104,12 @@ def scores_of_all(method: CaptumMethod, masked: MaskedPrompts, **options: Any) -
     return masked.scores(torch.ones(n_features, n_features, device="meta")).T
 
 
+class OfNoInput(dict[Any, Any]):
+    """Totals as what a wrapper hands back, whose provenance is recorded."""
+
+    inp = provenance = n_evaluations = None
+
+
 @pytest.fixture
 def valueless(monkeypatch: Any) -> Iterator[nn.Module]:
     """A model on the meta device; what reads values is told what it would find."""
@@ -116,7 +122,7 @@ def valueless(monkeypatch: Any) -> Iterator[nn.Module]:
     monkeypatch.setattr(model_pass.TeacherForcing, "is_causal", lambda forcing, scored: True)
     monkeypatch.setattr(trace, "_check_features", lambda site, positions: None)
     monkeypatch.setattr(path.LayerPath, "note", lambda path, points, scores: None)
-    monkeypatch.setattr(path.LayerPath, "_leap", lambda path: 0.0)
+    monkeypatch.setattr(path.LayerPath, "_leap", lambda path, score: 0.0)
     monkeypatch.setattr(hooks, "is_ids", lambda tensor, ids: tensor.shape == ids.shape)
     monkeypatch.setattr(path.LayerPath, "_reaches_input", lambda path, scored: True)
     monkeypatch.setattr(Features, "n_columns", property(lambda features: len(features.names)))
@@ -129,7 +135,7 @@ def valueless(monkeypatch: Any) -> Iterator[nn.Module]:
     monkeypatch.setattr(scorer.PromptScorer, "_agrees", lambda scorer, log_probs: True)
     monkeypatch.setattr(tasks, "output_tokens", lambda ids, tokenizer: ["?"] * len(ids))
     monkeypatch.setattr(gradient, "check_totals", lambda *rest: None)
-    monkeypatch.setattr(gradient, "to_result", lambda totals, *rest: totals)
+    monkeypatch.setattr(gradient, "to_result", lambda totals, *rest: OfNoInput(totals))
     with OneDevice():
         yield tiny_model("llama", fresh=True).to("meta")
 
