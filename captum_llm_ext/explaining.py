@@ -108,9 +108,8 @@ def explain(
     def run(name: str) -> LLMAttributionResult:
         wrapper, left = make_wrapper(model, tokenizer, name, layers, options)
         inp = as_input(prompt, tokenizer, context, task_of(model).name == QA)
-        if method is None:  # the chosen method need not take what changes no result
-            taken = wrapper.method_options() | keywords(wrapper.attribute)
-            left = {key: x for key, x in left.items() if key in taken or key not in WITHOUT_EFFECT}
+        if method is None:
+            left = _with_effect(left, wrapper)
         result: LLMAttributionResult = wrapper.attribute(inp, target=target, **left)
         return result  # it knows its method
 
@@ -152,6 +151,13 @@ def make_wrapper(
     return wrapper, {row.renamed.get(name, name): value for name, value in left.items()}
 
 
+def _with_effect(options: Mapping[str, Any], wrapper: Attributing) -> dict[str, Any]:
+    """Without options that change no result, where a method that was not named lacks them."""
+    taken = wrapper.method_options() | keywords(wrapper.attribute)
+    lacking = set(WITHOUT_EFFECT) - taken
+    return {name: value for name, value in options.items() if name not in lacking}
+
+
 def check_options(
     model: nn.Module,
     tokenizer: Any,
@@ -166,8 +172,10 @@ def check_options(
         TypeError: an option that the method does not have; the message lists its options.
     """
     check_pair(model, tokenizer)
+    is_chosen = method is None
     method = automatic_methods(model, layers, options)[0] if method is None else method
     wrapper, left = make_wrapper(model, tokenizer, method, layers, options)
+    left = _with_effect(left, wrapper) if is_chosen else left
     names = wrapper.method_options() | (keywords(wrapper.attribute) - {"inp", "target"})
     if unknown := sorted(set(left) - names):
         back = {new: old for old, new in method_named(method).renamed.items()}

@@ -19,7 +19,9 @@ from captum_llm_ext import (
     segment_input,
 )
 from captum_llm_ext.choosing import automatic_methods, first_that_reads
+from captum_llm_ext.explaining import check_options
 from captum_llm_ext.model.suitability import UnreadableAttentionError
+from captum_llm_ext.registry import WITHOUT_EFFECT
 from tests.models.encoder_decoder import tiny_seq2seq
 from tests.models.families import PROMPT, TARGET, CausalToy, tiny_model, tiny_tokenizer
 from tests.models.question_answering import qa_tokenizer, tiny_qa
@@ -70,7 +72,6 @@ def test_the_result_says_which_method_it_has() -> None:
         {"contrast_target": torch.tensor([7])},
         {"attr_target": "logit"},
         {"norm": "l2"},
-        {"internal_batch_size": 1},
     ],
 )
 def test_an_option_that_flow_lacks(options: dict[str, Any]) -> None:
@@ -79,6 +80,13 @@ def test_an_option_that_flow_lacks(options: dict[str, Any]) -> None:
     assert result.method == "saliency"
     assert result == explain(model, tokenizer, PROMPT, TARGET, "saliency", **options)
     assert automatic_methods(model, options=dict.fromkeys(options)) == ("flow", "saliency")
+
+
+@pytest.mark.parametrize("name", WITHOUT_EFFECT)
+def test_an_option_that_changes_no_result_changes_no_method(name: str) -> None:
+    model, tokenizer, options = tiny_model("llama"), tiny_tokenizer(), {name: 1}
+    check_options(model, tokenizer, None, None, options)
+    assert explain(model, tokenizer, PROMPT, TARGET, **options).method == "flow"
 
 
 def test_layers_have_saliency() -> None:

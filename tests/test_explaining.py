@@ -120,7 +120,8 @@ def test_methods_without_a_path_refuse_baselines(model, tokenizer, method, basel
 @pytest.mark.parametrize("method", [n for n, row in METHODS.items() if row.takes_baselines])
 def test_all_other_methods_take_them(model, tokenizer, method):
     few = {"ig": "n_steps", "conductance": "n_steps"}.get(method, "n_samples")
-    options = {} if method in ("ablation", "two_stage", "shapley") else {few: 10}
+    without = ("ablation", "two_stage", "shapley", "guided", "surrogate")
+    options = {} if method in without else {few: 10}
     layers = "model.layers.1" if method == "conductance" else None
     seen = []
     for baseline in (9, 17):

@@ -128,9 +128,7 @@ def test_two_attentions_in_a_block_are_refused(reduction: str) -> None:
 @pytest.mark.parametrize("reduction", [*REDUCTIONS, "value_norm"])
 def test_tokens_that_the_model_adds_are_refused(reduction: str) -> None:
     """Virtual tokens, as of prompt tuning, stand where the prompt's first ones are looked for."""
-    with pytest.raises(
-        ValueError, match=r"Shifts .*adds tokens of its own|no weights .* of all tokens to"
-    ):
+    with pytest.raises(ValueError, match=r"Shifts .*adds tokens|no weights .* of all tokens to"):
         read(Shifts(tiny_model("llama")), reduction=reduction)
 
 

@@ -161,6 +161,7 @@ def test_no_keyword_is_forgotten():
         "forward_in_tokens": "without effect",
         "perturbations_per_eval": "without effect",
         "_inspect_forward": "a function",
+        "check": "a new process remembers no checks",
         "method_options": "",
         "kwargs": "",
         "self": "",

@@ -34,6 +34,7 @@ from captum_llm_ext.model.layers import input_device
 from captum_llm_ext.perturbations import scorer
 from captum_llm_ext.perturbations.captum_methods import CaptumMethod
 from captum_llm_ext.perturbations.masked_prompts import MaskedPrompts
+from captum_llm_ext.perturbations.method import Outcome
 from captum_llm_ext.scoring import checks, preparation, tasks
 from captum_llm_ext.scoring import teacher_forcing as model_pass
 from captum_llm_ext.scoring.target_scores import Target
@@ -98,10 +99,10 @@ def prompts_of_masks(masked: MaskedPrompts, masks: Tensor) -> list[scorer.Prompt
     return [(0,) * len(masked.scorer.reference)] * len(masks)
 
 
-def scores_of_all(method: CaptumMethod, masked: MaskedPrompts, **options: Any) -> Tensor:
+def scores_of_all(method: CaptumMethod, masked: MaskedPrompts, **options: Any) -> Outcome:
     """What Captum's method does with its scores, but for its own sums."""
     n_features = masked.inp.n_itp_features
-    return masked.scores(torch.ones(n_features, n_features, device="meta")).T
+    return Outcome(masked.scores(torch.ones(n_features, n_features, device="meta")).T)
 
 
 class OfNoInput(dict[Any, Any]):
