@@ -43,7 +43,7 @@ def automatic_methods(
 
 
 def first_that_reads(methods: Sequence[str], run: Callable[[str], _T]) -> _T:
-    """What `run` gives for the first of these methods that can read the model's attention."""
+    """Run the methods in turn until one can read the model's attention; return its result."""
     *better, last = methods
     for name in better:
         try:

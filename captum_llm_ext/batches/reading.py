@@ -14,7 +14,7 @@ from captum_llm_ext.results import LLMAttributionResult
 
 @dataclass(frozen=True)
 class BatchRecord:
-    """What became of one line of a batch: a result, or an error.
+    """The result of one line of a batch, or its error.
 
     Args:
         line: number of the line, from 1.

@@ -90,7 +90,7 @@ def statements_of(ids: Tensor, tokenizer: Any) -> Statements:
 
 
 def _texts(text: str, ends: Sequence[int], statement_of: Sequence[int]) -> list[str]:
-    """What each statement's tokens add to the text."""
+    """The part of the text that the tokens of each statement write."""
     last = dict(zip(statement_of, ends, strict=True))
     edges = [0, *last.values()]
     edges[-1] = len(text)

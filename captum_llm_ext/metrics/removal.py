@@ -20,9 +20,10 @@ from captum_llm_ext.metrics.curves import (
     removal_counts,
     removal_rows,
 )
-from captum_llm_ext.metrics.lds import half_masks, rank_correlation
+from captum_llm_ext.metrics.lds import half_masks
 from captum_llm_ext.perturbations.masked_prompts import MaskedPrompts
 from captum_llm_ext.scoring.checks import check_counts
+from captum_llm_ext.scoring.rank_correlation import rank_correlation
 from captum_llm_ext.scoring.tasks import Request
 
 MOST_STEPS = 50
@@ -32,7 +33,7 @@ TOPS = (1, 3, 5)  # features, without which the drop of the score is read
 
 @dataclass(frozen=True)
 class Removal:
-    """How features are removed: in which steps, beside how many random orders and halves."""
+    """The settings of a judge: steps of removal, random orders and random halves."""
 
     absolute: bool = False
     fractions: Sequence[float] = FRACTIONS
@@ -53,9 +54,10 @@ class Removal:
         attributions: Sequence[Tensor],
         generator: torch.Generator,
     ) -> tuple[RemovalCurves, RemovalCurves, Tensor, Tensor]:
-        """Of attributions, each (n_features,): their curves and those of random orders, the drops
-        without the first features (n_attributions, 3), and the linear datamodeling scores
-        (n_attributions,).
+        """Judge attributions, each (n_features,).
+
+        Returns their curves, the curves of random orders, the drops without the first features
+        (n_attributions, 3), and the linear datamodeling scores (n_attributions,).
 
         The generator's seed alone draws the halves, so that its orders stay what they are.
         """

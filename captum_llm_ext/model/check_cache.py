@@ -1,4 +1,4 @@
-"""What a model was measured to be, remembered until something changes that could change it.
+"""The cache of checks of a model: each answer stays until a change of the model could change it.
 
 To find out whether a model is causal, takes several rows, or has forward mode, it has to run. The
 answers are kept for each model as long as it looks the same: its modules with their classes, their

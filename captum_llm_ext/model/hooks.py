@@ -118,7 +118,7 @@ def writing(values: Mapping[Site, Tensor]) -> AbstractContextManager[None]:
 
 @dataclass
 class LayerState:
-    """What a site held in one forward pass, with its graph."""
+    """The value of a site in one forward pass, with its graph."""
 
     tensor: Tensor
     depends_on_tokens: bool

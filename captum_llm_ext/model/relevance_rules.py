@@ -125,12 +125,12 @@ def inverse_root(run: Operation, input: Tensor) -> Any:
 
 
 def quotient(run: Operation, input: Any, other: Any, **more: Any) -> Any:
-    """x / y, of which y may be a root or a norm."""
+    """x / y, where y may be a root or a norm."""
     return run(input, constant(other) if comes_from(other, ROOTS) else other, **more)
 
 
 def reciprocal(run: Operation, input: Any, *numerator: Any) -> Any:
-    """1 / y or a number / y, of which y may be a root or a norm."""
+    """1 / y or a number / y, where y may be a root or a norm."""
     return run(constant(input) if comes_from(input, ROOTS) else input, *numerator)
 
 

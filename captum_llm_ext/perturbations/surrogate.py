@@ -11,6 +11,7 @@ from captum_llm_ext.perturbations.game import Game
 from captum_llm_ext.perturbations.guides import checked_guide
 from captum_llm_ext.perturbations.method import Outcome, PerturbationMethod, Run
 from captum_llm_ext.scoring.checks import check_counts
+from captum_llm_ext.scoring.rank_correlation import rank_correlation
 from captum_llm_ext.warning import warn
 
 PENALTY = 0.01  # of the Lasso, ContextCite's
@@ -148,25 +149,13 @@ def ridge(present: Tensor, values: Tensor, variance: Tensor) -> Tensor:
 
 def held_back_correlation(masks: Tensor, scores: Tensor, guide: Tensor | None) -> float | None:
     """The rank correlation on each quarter of the masks, by the weights of the others; the mean."""
-    found = []
+    correlations = []
     for i in range(FOLDS):
         held_back = torch.arange(len(masks)) % FOLDS == i
         learned = weights(masks[~held_back], scores[~held_back, :1], guide)[0]
-        predicted = masks[held_back].double() @ learned
-        found.append(rank_correlation(predicted, scores[held_back, 0].double()))
-    return None if None in found else sum(found) / FOLDS  # type: ignore[arg-type]
-
-
-def rank_correlation(a: Tensor, b: Tensor) -> float | None:
-    """Spearman's; 0 where only `a` is constant, None where `b` is or there are fewer than three."""
-    ranks = torch.stack([_ranks(a), _ranks(b)])
-    if len(a) < 3 or not (ranks[1] != ranks[1, 0]).any():
-        return None
-    return float(torch.corrcoef(ranks)[0, 1].nan_to_num())
-
-
-def _ranks(values: Tensor) -> Tensor:
-    """Ranks from 0 on; equal values share the mean of theirs."""
-    below = (values[None] < values[:, None]).sum(1)
-    equal = (values[None] == values[:, None]).sum(1)
-    return below + (equal - 1) / 2
+        predicted, true = masks[held_back].double() @ learned, scores[held_back, 0]
+        if len(true) < 3 or (true == true[0]).all():
+            return None
+        # A constant prediction says nothing of the scores: 0.
+        correlations.append(float(rank_correlation(predicted[None], true)[0].nan_to_num()))
+    return sum(correlations) / FOLDS

@@ -93,7 +93,9 @@ class ArithmeticMixin:
             tensor([ 0.7500, -0.2500])
         """
         total = float(self.seq_attr.abs().sum())
-        return weighted_sum([self], [1.0 / total if total else 1.0])
+        shares = weighted_sum([self], [1.0 / total if total else 1.0])
+        shares.norm = None  # type: ignore[attr-defined]  # shares have no unit
+        return shares
 
     @classmethod
     def mean(cls, results: Sequence[Self]) -> Self:
@@ -164,6 +166,11 @@ def check_same(one: Any, other: Any) -> None:
             raise ValueError(
                 f"expected results of the same input: {_difference(ours, theirs, noun)}"
             )
+    if one.norm != other.norm:
+        raise ValueError(
+            f"expected values of one kind, got norm={one.norm!r} and norm={other.norm!r}: norms of "
+            "gradients and attributions have different units, so normalise() each result first"
+        )
     for name in ("token_attr", "layer_token_attr"):
         if (getattr(one, name, None) is None) != (getattr(other, name, None) is None):
             raise ValueError(

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from captum_llm_ext import LLMAttributionResult, explain, load_demo_model
 from captum_llm_ext.metrics import compare_methods
 from captum_llm_ext.metrics.removal import no_gradients, open_prompts, sequence_scores
+from captum_llm_ext.scoring.rank_correlation import rank_correlation
 from captum_llm_ext.scoring.tasks import Request
 from tests.benchmarks.faithfulness import N_RANDOM, NEW_TOKENS, PROMPTS
 from tests.benchmarks.measure import RESULTS, machine_facts
@@ -83,11 +84,6 @@ def without_all_up_to(model: nn.Module, tokenizer: Any, inp: Any, target: Tensor
     return scores[0] - scores[1:]
 
 
-def rank_correlation(first: Tensor, second: Tensor) -> float:
-    """Spearman's."""
-    return float(pandas.Series(first.numpy()).corr(pandas.Series(second.numpy()), "spearman"))
-
-
 def of_text(model: Any, tokenizer: Any, entry: dict[str, str]) -> Iterator[dict[str, Any]]:
     """A row for each stand-in: the judge's areas over random order, and rank correlations."""
     found: dict[str, Tensor] = {}
@@ -115,8 +111,10 @@ def of_text(model: Any, tokenizer: Any, entry: dict[str, str]) -> Iterator[dict[
             "stand-in": name,
             "deletion": round(float(judged.loc[name, "deletion over random"]), 5),
             "insertion": round(float(judged.loc[name, "insertion over random"]), 5),
-            "with removal": round(rank_correlation(found[name], found[REMOVAL]), 5),
-            "with all before": round(rank_correlation(found[name], found["all before"]), 5),
+            "with removal": round(float(rank_correlation(found[name][None], found[REMOVAL])), 5),
+            "with all before": round(
+                float(rank_correlation(found[name][None], found["all before"])), 5
+            ),
         }
 
 

@@ -10,7 +10,8 @@ import torch
 
 from captum_llm_ext import FeatureAblation, LLMAttribution, TextTemplateInput, TextTokenInput
 from captum_llm_ext.metrics import compare_methods, faithfulness
-from captum_llm_ext.metrics.lds import half_masks, rank_correlation
+from captum_llm_ext.metrics.lds import half_masks
+from captum_llm_ext.scoring.rank_correlation import rank_correlation
 from tests.metrics.cases import ATTRIBUTIONS, KINDS, SIX, curves_by_hand, judged, result_of, tokens
 from tests.models.families import LinearToy, tiny_model, tiny_tokenizer
 from tests.oracles.cases import target_ids

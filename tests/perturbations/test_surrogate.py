@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from captum_llm_ext import LLMAttribution, SparseSurrogate, explain
+from captum_llm_ext.perturbations import surrogate
 from captum_llm_ext.perturbations.game import Game
 from captum_llm_ext.perturbations.method import Outcome, Play
-from captum_llm_ext.perturbations.surrogate import NOISES, lasso, rank_correlation, ridge
+from captum_llm_ext.perturbations.surrogate import NOISES, held_back_correlation, lasso, ridge
 from captum_llm_ext.results.single import LLMAttributionResult
+from captum_llm_ext.scoring.rank_correlation import rank_correlation
 from tests.models.families import PROMPT, tiny_model, tiny_tokenizer
 from tests.oracles.cases import target_ids
 from tests.perturbations.cases import INPUTS
@@ -107,12 +109,16 @@ def test_a_guide_makes_it_serve_more_features_than_masks() -> None:
     assert guided > max(0.95, blind)
 
 
-def test_it_states_its_error_by_masks_that_it_did_not_see() -> None:
+def test_it_states_its_error_by_masks_that_it_did_not_see(monkeypatch: Any) -> None:
     stats = pytest.importorskip("scipy.stats")
     a, b = torch.tensor([1.0, 2.0, 2.0, 5.0, 0.0]), torch.tensor([3.0, 1.0, 4.0, 4.0, -1.0])
-    assert rank_correlation(a, b) == pytest.approx(stats.spearmanr(a, b).statistic)
-    assert rank_correlation(torch.ones(5), b) == 0
-    assert rank_correlation(a, torch.ones(5)) is None
+    assert rank_correlation(a[None], b).item() == pytest.approx(stats.spearmanr(a, b).statistic)
+    masks = torch.rand(20, 5).round()
+    assert held_back_correlation(masks, torch.ones(20, 1), None) is None
+    assert held_back_correlation(masks[:8], torch.arange(8.0)[:, None], None) is None  # two each
+    with monkeypatch.context() as patch:
+        patch.setattr(surrogate, "weights", lambda *rest: torch.zeros(1, 5).double())
+        assert held_back_correlation(masks, torch.arange(20.0)[:, None], None) == 0
     with pytest.warns(UserWarning, match=r"rank correlation of -?0\.\d\d: give more n_masks"):
         found = played(12, parity)
     assert found.lds is not None

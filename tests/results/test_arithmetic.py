@@ -287,3 +287,14 @@ def test_sixty_bars_fit_on_a_page_with_every_label():
     boxes = [label.get_window_extent() for label in ax.get_xticklabels()]
     assert len(boxes) == 60
     assert all(a.x1 <= b.x0 + 1 for a, b in itertools.pairwise(boxes))
+
+
+def test_norms_and_attributions_are_not_added() -> None:
+    """Their units differ; shares have none."""
+    tokens: Any = {"input_tokens": ["a", "b"], "output_tokens": ["c"]}
+    norms = LLMAttributionResult(**tokens, seq_attr=[3.0, 1.0], norm="l1")
+    added = LLMAttributionResult(**tokens, seq_attr=[-1.0, 1.0])
+    for combine in (lambda: norms - added, lambda: LLMAttributionResult.mean([added, norms])):
+        with pytest.raises(ValueError, match=r"norm=.*normalise\(\) each"):
+            combine()
+    assert (norms.normalise() - added.normalise()).seq_attr.tolist() == [1.25, -0.25]
