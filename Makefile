@@ -40,9 +40,9 @@ demo: $(STAMP)
 	@mkdir -p demo
 	@echo "== which words of the question flow into each token of the answer"
 	$(BIN)/captum-llm-ext "$(QUESTION)" --chat --by word --out demo/answer.png
-	@echo "== gradient x activation of 121 layers at once: embeddings; q, k, v and mlp of every block"
-	$(BIN)/captum-llm-ext "$(DAVE)" --target " $(GOLF)" --method gradxact \
-		--layers embed_tokens "model.layers.*.self_attn.[qkv]_proj" "model.layers.*.mlp" \
+	@echo "== L1 saliency of 31 layers in one call: the embeddings, and the mlp of every block"
+	$(BIN)/captum-llm-ext "$(DAVE)" --target " $(GOLF)" --method saliency --by word \
+		--layers embed_tokens "model.layers.*.mlp" \
 		--out demo/layers.png
 	@echo "== the pictures are demo/answer.png and demo/layers.png"
 
